@@ -1,0 +1,54 @@
+# make demo    build the sample drivers and run their tests on Wine
+# make test    all tests but the long ones
+# make check   format, lint, types, imports; Rust too
+# make soak    the long tests
+# make bench   speed and scale, against the floor: a table, and bench/results.json
+# make format  put Python and Rust into shape
+# make wheel   dist/*.whl and dist/*.tar.gz
+# make clean   remove what was made in this checkout
+#
+# Each sets up what is missing first (scripts/setup). More options for pytest: make test ARGS="-k pool"
+
+SHELL := /bin/bash
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+CARGO_MANIFESTS := $(wildcard drivers/Cargo.toml vm/agent/Cargo.toml)
+ARGS :=
+
+.PHONY: demo test check soak bench format wheel clean setup
+.NOTPARALLEL:
+
+demo: setup
+	@$(PYTEST) --kdriver-vm wine tests/drivers -v $(ARGS)
+
+test: setup
+	@$(PYTEST) --kdriver-vm wine -m "not soak" $(ARGS)
+
+soak: setup
+	@$(PYTEST) --kdriver-vm wine -m soak $(ARGS)
+
+bench: setup
+	@$(BIN)/python -m bench $(ARGS)
+
+check: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	scripts/rust check $(CARGO_MANIFESTS)
+
+format: setup
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+	scripts/rust format $(CARGO_MANIFESTS)
+
+wheel: setup
+	@$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf .venv dist build drivers/target vm/agent/target .mypy_cache .pytest_cache .ruff_cache \
+	    .hypothesis .import_linter_cache kdriver-artifacts
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+setup:
+	@scripts/setup

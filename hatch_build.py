@@ -1,0 +1,61 @@
+"""The wheel's build hook: puts the agent and the recipes of the disk images into it.
+
+In the wheel, ``pytest_kdriver/guest/kdagent.exe`` is the agent, built here by cargo, and
+``pytest_kdriver/_images/NAME/`` is ``vm/images/NAME/``. An editable install has neither: there the
+package finds ``vm/`` beside it, and builds the agent when it is first needed.
+
+The wheel is for any platform ("py3-none-any"): what is compiled in it runs in the guest, not here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class KdriverBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Found by hatchling by being the only one in this file."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add what is not Python; ``version`` is "standard" or "editable"."""
+        if version == "editable":
+            return
+        root = Path(self.root)
+        build_data["force_include"] |= {
+            str(build_agent(root)): "pytest_kdriver/guest/kdagent.exe",
+            str(root / "vm/images"): "pytest_kdriver/_images",
+        }
+
+
+def build_agent(root: Path) -> Path:
+    """Build vm/agent and return its kdagent.exe; what cargo says goes to stderr."""
+    sys.path.insert(0, str(root))
+    try:
+        from pytest_kdriver.toolchain import TARGET, find_toolchain
+    finally:
+        sys.path.remove(str(root))
+    toolchain = find_toolchain()
+    target_directory = root / "vm/agent/target"
+    subprocess.run(
+        [
+            toolchain.cargo,
+            "rustc",
+            *toolchain.build_arguments,
+            f"--manifest-path={root / 'vm/agent/Cargo.toml'}",
+            f"--target-dir={target_directory}",
+            f"--target={TARGET}",
+            "--package=kdagent",
+            "--bin=kdagent",
+            "--release",
+            "--locked",
+        ],
+        env=toolchain.full_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        check=True,
+    )
+    return target_directory / TARGET / "release" / "kdagent.exe"
