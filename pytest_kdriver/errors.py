@@ -8,6 +8,7 @@
     ├── ImageError              the driver's file can't be what is meant (not there, not a PE file, ...)
     ├── TargetError             the target can't be had, or can't be used any more
     │   └── CapabilityError     the target can't show or do this at all; also a ``pytest.skip`` reason
+    ├── KernelLogError          what a source of the kernel log sent makes no sense
     ├── LinkError               the byte stream to the agent broke
     ├── AgentError              the agent answered, and the answer is an error
     │   ├── AgentProtocolError  the agent's bytes make no sense
@@ -69,6 +70,10 @@ class CapabilityError(TargetError):
     def __init__(self, message: str, *, target: str = "", capability: str) -> None:
         super().__init__(message, target=target)
         self.capability = capability
+
+
+class KernelLogError(KdriverError):
+    """Bytes that are not what this source of the kernel log sends; nothing after them can be trusted."""
 
 
 class LinkError(KdriverError):
