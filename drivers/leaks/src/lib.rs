@@ -1,0 +1,197 @@
+//! Leaks pool memory, on purpose.
+//!
+//! | parameter | type | default | meaning |
+//! | --- | --- | --- | --- |
+//! | `Blocks` | `REG_DWORD` | 1 | how many blocks are leaked |
+//! | `Bytes` | `REG_DWORD` | 64 | the size of each, at least 1 |
+//! | `Tags` | `REG_MULTI_SZ` | `leak` | their tags, taken in turn |
+//! | `Where` | `REG_SZ` | `init` | or `cleanup` |
+//! | `Fault` | `REG_SZ` | | `double-free` or `wrong-tag`: in the same place, one more block is freed so |
+//!
+//! Blocks with the driver's own tag come from Rust's allocator, others straight from the pool. The first half is
+//! allocated at one place in the source, the rest at another. An init that fails leaks nothing.
+
+#![no_std]
+
+extern crate alloc;
+
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::ffi::c_void;
+use core::mem;
+use core::ptr::NonNull;
+use windows_kernel_rs::{Driver, Error, KernelModule, Parameters, PoolTag, kernel_module};
+use windows_kernel_sys::base::NonPagedPoolNx;
+use windows_kernel_sys::ntoskrnl::{ExAllocatePoolWithTag, ExFreePoolWithTag};
+
+const OWN_TAG: PoolTag = PoolTag::new(*b"leak");
+const WRONG_TAG: PoolTag = PoolTag::new(*b"Wrng");
+
+struct Module {
+    at_cleanup: Option<Plan>,
+}
+
+impl KernelModule for Module {
+    fn init(_: Driver, registry_path: &str) -> Result<Self, Error> {
+        let parameters = Parameters::open(registry_path)?;
+        let plan = Plan::read(&parameters)?;
+        let at_cleanup = match parameters.string("Where")?.as_deref() {
+            None | Some("init") => {
+                plan.carry_out()?;
+                None
+            }
+            Some("cleanup") => Some(plan),
+            Some(_) => return Err(Error::INVALID_PARAMETER),
+        };
+        Ok(Module { at_cleanup })
+    }
+
+    fn cleanup(&mut self, _: Driver) {
+        if let Some(plan) = self.at_cleanup.take() {
+            // A cleanup cannot fail. A test sees that nothing leaked.
+            let _ = plan.carry_out();
+        }
+    }
+}
+
+kernel_module!(Module, tag = *b"leak");
+
+/// What is to go wrong.
+struct Plan {
+    blocks: usize,
+    bytes: usize,
+    tags: Vec<PoolTag>,
+    fault: Option<Fault>,
+}
+
+impl Plan {
+    fn read(parameters: &Parameters) -> Result<Self, Error> {
+        Ok(Self {
+            blocks: parameters.u32("Blocks")?.unwrap_or(1) as usize,
+            bytes: parameters.u32("Bytes")?.unwrap_or(64).max(1) as usize,
+            tags: tags(parameters.multi_string("Tags")?)?,
+            fault: Fault::read(parameters)?,
+        })
+    }
+
+    /// All of it or, with an error, nothing.
+    fn carry_out(self) -> Result<(), Error> {
+        let mut blocks = Vec::new();
+        blocks.try_reserve_exact(self.blocks)?;
+        let half = self.blocks.div_ceil(2);
+        self.allocate_first_half(&mut blocks, half)?;
+        self.allocate_second_half(&mut blocks, self.blocks - half)?;
+        if let Some(fault) = self.fault {
+            fault.commit()?;
+        }
+        blocks.into_iter().for_each(mem::forget);
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn allocate_first_half(&self, blocks: &mut Vec<Block>, count: usize) -> Result<(), Error> {
+        for _ in 0..count {
+            blocks.push(Block::try_new(self.bytes, self.tag(blocks.len()))?);
+        }
+        Ok(())
+    }
+
+    #[inline(never)]
+    fn allocate_second_half(&self, blocks: &mut Vec<Block>, count: usize) -> Result<(), Error> {
+        for _ in 0..count {
+            blocks.push(Block::try_new(self.bytes, self.tag(blocks.len()))?);
+        }
+        Ok(())
+    }
+
+    fn tag(&self, index: usize) -> PoolTag {
+        match self.tags.len() {
+            0 => OWN_TAG,
+            count => self.tags[index % count],
+        }
+    }
+}
+
+fn tags(names: Option<Vec<String>>) -> Result<Vec<PoolTag>, Error> {
+    let names = names.unwrap_or_default();
+    let mut tags = Vec::new();
+    tags.try_reserve_exact(names.len())?;
+    for name in names {
+        let letters = name
+            .as_bytes()
+            .try_into()
+            .map_err(|_| Error::INVALID_PARAMETER)?;
+        tags.push(PoolTag::try_new(letters).ok_or(Error::INVALID_PARAMETER)?);
+    }
+    Ok(tags)
+}
+
+/// Memory that is freed when it is dropped, and leaks when it is forgotten.
+enum Block {
+    Rust { _bytes: Vec<u8> },
+    Pool { _block: PoolBlock },
+}
+
+impl Block {
+    // Inlined, so that the caller's lines are those that the two halves differ in.
+    #[inline(always)]
+    fn try_new(bytes: usize, tag: PoolTag) -> Result<Self, Error> {
+        if tag != OWN_TAG {
+            let _block = PoolBlock::try_new(bytes, tag)?;
+            return Ok(Self::Pool { _block });
+        }
+        let mut _bytes = Vec::new();
+        _bytes.try_reserve_exact(bytes)?;
+        Ok(Self::Rust { _bytes })
+    }
+}
+
+struct PoolBlock {
+    address: NonNull<c_void>,
+    tag: PoolTag,
+}
+
+impl PoolBlock {
+    fn try_new(bytes: usize, tag: PoolTag) -> Result<Self, Error> {
+        // SAFETY: neither the size nor the tag is zero.
+        let address = unsafe { ExAllocatePoolWithTag(NonPagedPoolNx, bytes, tag.to_ulong()) };
+        let address = NonNull::new(address).ok_or(Error::INSUFFICIENT_RESOURCES)?;
+        Ok(Self { address, tag })
+    }
+}
+
+impl Drop for PoolBlock {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this tag, and not freed before.
+        unsafe { ExFreePoolWithTag(self.address.as_ptr(), self.tag.to_ulong()) }
+    }
+}
+
+/// What this driver does wrong with one more block.
+enum Fault {
+    DoubleFree,
+    WrongTag,
+}
+
+impl Fault {
+    fn read(parameters: &Parameters) -> Result<Option<Self>, Error> {
+        match parameters.string("Fault")?.as_deref() {
+            None => Ok(None),
+            Some("double-free") => Ok(Some(Self::DoubleFree)),
+            Some("wrong-tag") => Ok(Some(Self::WrongTag)),
+            Some(_) => Err(Error::INVALID_PARAMETER),
+        }
+    }
+
+    fn commit(self) -> Result<(), Error> {
+        let mut block = PoolBlock::try_new(64, OWN_TAG)?;
+        match self {
+            Self::DoubleFree => {
+                // SAFETY: none; the drop frees it again, which is the fault that was asked for.
+                unsafe { ExFreePoolWithTag(block.address.as_ptr(), block.tag.to_ulong()) }
+            }
+            Self::WrongTag => block.tag = WRONG_TAG,
+        }
+        Ok(())
+    }
+}

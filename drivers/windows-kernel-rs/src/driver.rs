@@ -1,0 +1,102 @@
+//! A driver as the kernel sees it, and as its author does.
+
+use crate::error::Error;
+use core::ptr::NonNull;
+use windows_kernel_sys::base::DRIVER_OBJECT;
+
+/// What a driver does. [`kernel_module!`](crate::kernel_module) makes a driver of it.
+///
+/// The kernel calls a driver from any thread, hence `Send + Sync`. A module that is not does not compile:
+///
+/// ```compile_fail,E0277
+/// # use windows_kernel_rs::{Driver, Error, KernelModule};
+/// # use core::cell::Cell;
+/// struct Module(Cell<u32>);
+///
+/// impl KernelModule for Module {
+///     fn init(_: Driver, _: &str) -> Result<Self, Error> {
+///         Ok(Module(Cell::new(0)))
+///     }
+///     fn cleanup(&mut self, _: Driver) {}
+/// }
+/// ```
+///
+/// The same with an atomic does:
+///
+/// ```no_run
+/// # use windows_kernel_rs::{Driver, Error, KernelModule};
+/// # use core::sync::atomic::AtomicU32;
+/// struct Module(AtomicU32);
+///
+/// impl KernelModule for Module {
+///     fn init(_: Driver, _: &str) -> Result<Self, Error> {
+///         Ok(Module(AtomicU32::new(0)))
+///     }
+///     fn cleanup(&mut self, _: Driver) {}
+/// }
+/// ```
+pub trait KernelModule: Sized + Send + Sync + 'static {
+    /// Starts the driver. `registry_path` names the service's key, as [`Parameters::open`](crate::Parameters::open)
+    /// wants it; a lone surrogate in it has become U+FFFD.
+    ///
+    /// # Errors
+    ///
+    /// The status with which the start shall fail. One that means success becomes `STATUS_UNSUCCESSFUL`. What was made so
+    /// far is to be dropped here, as usual; [`cleanup`](Self::cleanup) is not called.
+    fn init(driver: Driver, registry_path: &str) -> Result<Self, Error>;
+
+    /// Called before the driver is unloaded. The module is dropped right after.
+    fn cleanup(&mut self, driver: Driver);
+}
+
+/// The kernel's object for this driver.
+#[derive(Debug)]
+pub struct Driver {
+    object: NonNull<DRIVER_OBJECT>,
+}
+
+impl Driver {
+    /// The driver that this object stands for.
+    ///
+    /// # Safety
+    ///
+    /// `object` is this driver's own, and not null.
+    #[must_use]
+    pub unsafe fn from_raw(object: *mut DRIVER_OBJECT) -> Self {
+        Self {
+            // SAFETY: not null, by the caller's promise.
+            object: unsafe { NonNull::new_unchecked(object) },
+        }
+    }
+
+    /// The kernel's object.
+    ///
+    /// # Safety
+    ///
+    /// Nobody, the kernel included, changes the object while the reference lives.
+    #[must_use]
+    pub unsafe fn as_raw(&self) -> &DRIVER_OBJECT {
+        // SAFETY: the object lives as long as this driver is loaded; the rest is the caller's promise.
+        unsafe { self.object.as_ref() }
+    }
+
+    /// The kernel's object, to be changed.
+    ///
+    /// # Safety
+    ///
+    /// Nobody, the kernel included, reads or changes the object while the reference lives; and what is written there is what the kernel
+    /// expects.
+    pub unsafe fn as_raw_mut(&mut self) -> &mut DRIVER_OBJECT {
+        // SAFETY: as above.
+        unsafe { self.object.as_mut() }
+    }
+
+    /// From now on this driver cannot be unloaded: it has no `DriverUnload`.
+    ///
+    /// To be called in `init`. Its [`cleanup`](KernelModule::cleanup) will never run, and its module is never dropped.
+    pub fn refuse_unload(&mut self) {
+        // SAFETY: one aligned field of a live object; the kernel reads it when somebody asks for the unload, which finds the old or the
+        // new value.
+        unsafe { (&raw mut (*self.object.as_ptr()).DriverUnload).write_volatile(None) }
+    }
+}
