@@ -49,7 +49,7 @@ pub unsafe fn allocate(pool: &impl Pool, layout: Layout) -> *mut u8 {
     // than what was asked for; so both the address and the room before it lie in the block.
     unsafe {
         let aligned = block.add(past_block);
-        aligned.cast::<*mut u8>().sub(1).write(block);
+        origin_of(aligned).write(block);
         aligned
     }
 }
@@ -64,10 +64,16 @@ pub unsafe fn free(pool: &impl Pool, address: *mut u8, layout: Layout) {
         address
     } else {
         // SAFETY: `allocate` wrote the block's address there, and it is nobody else's.
-        unsafe { address.cast::<*mut u8>().sub(1).read() }
+        unsafe { origin_of(address).read() }
     };
     // SAFETY: this is the address that the pool gave, by the caller's promise.
     unsafe { pool.free(block) }
+}
+
+/// Where the address of the block is kept that an over-aligned address lies in.
+#[allow(clippy::cast_ptr_alignment)] // over-aligned is more than a pointer needs
+fn origin_of(address: *mut u8) -> *mut *mut u8 {
+    address.cast::<*mut u8>().wrapping_sub(1)
 }
 
 #[cfg(test)]

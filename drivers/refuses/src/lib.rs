@@ -18,10 +18,10 @@ impl KernelModule for Module {
         let _module = Module {
             _memory: TryBox::try_new([0; 100])?,
         };
-        let status = Parameters::open(registry_path)?.u32("Status")?;
-        Err(status.map_or(Error::UNSUCCESSFUL, |status| {
-            Error::from_kernel_errno(status.cast_signed())
-        }))
+        Err(match Parameters::open(registry_path)?.u32("Status")? {
+            Some(status) => Error::from_kernel_errno(i32::from_ne_bytes(status.to_ne_bytes())),
+            None => Error::UNSUCCESSFUL,
+        })
     }
 
     fn cleanup(&mut self, _: Driver) {}

@@ -4,7 +4,6 @@
 //! `build.rs`, no linker flags.
 //!
 //! ```no_run
-//! # #![no_std]
 //! use windows_kernel_rs::{Driver, Error, KernelModule, kernel_module, println};
 //!
 //! struct Module;

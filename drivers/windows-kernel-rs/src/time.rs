@@ -11,6 +11,9 @@ use windows_kernel_sys::ntoskrnl::{KeDelayExecutionThread, ZwQuerySystemInformat
 /// The kernel counts time in units of this many nanoseconds.
 const UNIT_NANOSECONDS: u32 = 100;
 
+#[allow(clippy::cast_possible_truncation)] // it is 16
+const TIMES_BYTES: u32 = size_of::<SYSTEM_TIMEOFDAY_INFORMATION>() as u32;
+
 /// Gives the processor away for at least this long. To be called at `PASSIVE_LEVEL`.
 pub fn sleep(duration: Duration) {
     let units = duration.as_nanos().div_ceil(UNIT_NANOSECONDS.into());
@@ -29,14 +32,12 @@ pub fn sleep(duration: Duration) {
 /// When the kernel refuses.
 pub fn system_time() -> Result<Duration, Error> {
     let mut times = SYSTEM_TIMEOFDAY_INFORMATION::default();
-    #[allow(clippy::cast_possible_truncation)]
-    const BYTES: u32 = size_of::<SYSTEM_TIMEOFDAY_INFORMATION>() as u32;
     // SAFETY: the buffer is as long as it is said to be.
     Error::check(unsafe {
         ZwQuerySystemInformation(
             SystemTimeOfDayInformation,
             (&raw mut times).cast(),
-            BYTES,
+            TIMES_BYTES,
             ptr::null_mut(),
         )
     })?;
