@@ -1,0 +1,238 @@
+"""Wine prefixes: found, made once as a template, cloned cheaply, ended and removed for good."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from filelock import FileLock
+
+from pytest_kdriver.errors import TargetError
+from pytest_kdriver.kernel.sources.wine import RELAYED
+from pytest_kdriver.paths import cache_directory
+from pytest_kdriver.targets.runs import Run
+
+RESOURCE: Final = "wine-prefix"
+_TEMPLATE_TIMEOUT: Final = 600.0
+_CANDIDATES: Final = ("wine64", "/usr/lib/wine/wine64", "wine")
+_SETTINGS: Final = f"""Windows Registry Editor Version 5.00
+
+[HKEY_CURRENT_USER\\Software\\Wine\\Debug]
+"RelayInclude"="{RELAYED}"
+
+[HKEY_LOCAL_MACHINE\\Software\\Microsoft\\Windows NT\\CurrentVersion\\AeDebug]
+"Auto"="1"
+"Debugger"="none"
+
+[HKEY_LOCAL_MACHINE\\System\\CurrentControlSet\\Control]
+"ServicesPipeTimeout"="86400000"
+"""
+"""The trace's list; no debugger at a crash (winedbg costs a second); and a day, in milliseconds, until
+services.exe gives a start or stop up by itself: deadlines are ours, and much nearer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wine:
+    """A Wine on this host."""
+
+    loader: str
+    server: str
+    version: str
+
+    def environment(self, prefix: Path, channels: str) -> dict[str, str]:
+        """The environment of a program of ``prefix`` that traces ``channels``."""
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("WINE") and name not in ("DISPLAY", "WAYLAND_DISPLAY")
+        }
+        return inherited | {
+            "WINEPREFIX": str(prefix),
+            "WINEDEBUG": channels,
+            "WINEARCH": "win64",
+            "WINEDLLOVERRIDES": "mscoree,mshtml=",  # no offer to install Mono or Gecko
+            "WINESERVER": self.server,
+        }
+
+
+@functools.cache
+def find_wine(wanted: str | None = None) -> Wine:
+    """The Wine called ``wanted``, else the first that is found. Raises ``TargetError``."""
+    for candidate in (wanted,) if wanted else _CANDIDATES:
+        loader = shutil.which(candidate)
+        if loader is None:
+            continue
+        done = subprocess.run(
+            [loader, "--version"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "WINEDEBUG": "-all"},
+            check=False,
+            timeout=60,
+        )
+        version = done.stdout.strip().removeprefix("wine-")
+        if done.returncode == 0 and version:
+            return Wine(loader, _server_of(loader), version)
+    what = f"there is no Wine {wanted!r}" if wanted else "there is no Wine on this machine"
+    raise TargetError(f"{what}; on Debian or Ubuntu: apt-get install wine64 wine")
+
+
+def _server_of(loader: str) -> str:
+    """The wineserver that goes with a loader: beside it, else the one on PATH."""
+    for name in ("wineserver64", "wineserver"):
+        beside = Path(loader).with_name(name)
+        if os.access(beside, os.X_OK):
+            return str(beside)
+    found = shutil.which("wineserver")
+    if found is None:
+        raise TargetError(f"{loader} is here, but no wineserver; reinstall Wine")
+    return found
+
+
+def template(wine: Wine, run: Run) -> Path:
+    """The prefix that all others are cloned from; made if there is none for this Wine and settings.
+
+    One process makes it, others wait. It is made in ``run``, and moved to its place when complete.
+    """
+    key = hashlib.sha256(f"{wine.version}\0{_SETTINGS}".encode()).hexdigest()[:16]
+    place = cache_directory() / "wine" / key
+    if place.is_dir():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if not place.is_dir():
+            making = run.path / "template"
+            run.record(RESOURCE, making)
+            try:
+                _make(wine, making)
+                making.rename(place)
+            finally:
+                end(making)
+                _remove(making)
+    return place
+
+
+def _make(wine: Wine, prefix: Path) -> None:
+    prefix.mkdir()
+    environment = wine.environment(prefix, "-all")
+    with tempfile.NamedTemporaryFile("w", suffix=".reg", encoding="utf-8") as settings:
+        settings.write(_SETTINGS)
+        settings.flush()
+        for command in (["wineboot", "--init"], ["regedit", "/S", f"Z:{settings.name}"]):
+            _run([wine.loader, *command], environment)
+    _run([wine.server, "--wait"], environment)
+    registry = (prefix / "user.reg").read_text(encoding="utf-8", errors="replace")
+    if "RelayInclude" not in registry:
+        raise TargetError(f"Wine {wine.version} did not take the settings for a new prefix")
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> None:
+    try:
+        done = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            timeout=_TEMPLATE_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TargetError(
+            f"{' '.join(command)} was not done after {_TEMPLATE_TIMEOUT:g} s"
+        ) from error
+    if done.returncode:
+        raise TargetError(
+            f"{' '.join(command)} failed with exit code {done.returncode}:\n{done.stderr}"
+        )
+
+
+def clone(source: Path, destination: Path) -> None:
+    """Clone an idle prefix: hard links for what programs only read, copies for what they write."""
+    destination.mkdir()
+    for folder, folders, files in os.walk(source):
+        there = destination / os.path.relpath(folder, source)
+        for name in folders:
+            path = Path(folder, name)
+            if path.is_symlink():
+                (there / name).symlink_to(path.readlink())
+            else:
+                (there / name).mkdir()
+        for name in files:
+            path = Path(folder, name)
+            if path.is_symlink():
+                (there / name).symlink_to(path.readlink())
+            elif name == "wineserver":
+                continue  # Debian's Wine notes its socket's folder here
+            elif path.suffix in (".dll", ".exe", ".sys", ".drv", ".ocx", ".nls", ".cpl", ".acm"):
+                (there / name).hardlink_to(path)
+            else:
+                shutil.copy2(path, there / name)
+
+
+def end(prefix: Path, *, patience: float = 10.0) -> None:
+    """End every process of ``prefix``, and return when they are gone. Raises ``TargetError`` if they stay."""
+    deadline = time.monotonic() + patience
+    while pids := processes(prefix):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > deadline:
+            raise TargetError(f"processes {pids} of {prefix} can't be ended")
+        time.sleep(0.01)
+
+
+def processes(prefix: Path) -> list[int]:
+    """The pids of the programs of ``prefix``, its wineserver among them."""
+    wanted = b"WINEPREFIX=" + os.fsencode(prefix)
+    found = []
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            environment = Path(entry.path, "environ").read_bytes()
+            if wanted in environment.split(b"\0") and not _is_zombie(entry.path):
+                found.append(int(entry.name))
+    return found
+
+
+def _is_zombie(process: str) -> bool:
+    status = Path(process, "stat").read_bytes()
+    return status[status.rindex(b")") + 2 :][:1] == b"Z"
+
+
+def remove(prefix: Path) -> None:
+    """End ``prefix`` and remove it with its server's folder in /tmp."""
+    end(prefix)
+    _remove(prefix)
+
+
+def _remove(prefix: Path) -> None:
+    with contextlib.suppress(OSError):
+        for folder in _server_folders(prefix):
+            shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(prefix, ignore_errors=True)
+
+
+def _server_folders(prefix: Path) -> list[Path]:
+    """Where the prefix's wineserver has its socket: as Wine does it, and as Debian's does."""
+    status = prefix.stat()
+    folders = [Path(f"/tmp/.wine-{os.getuid()}/server-{status.st_dev:x}-{status.st_ino:x}")]  # noqa: S108
+    with contextlib.suppress(OSError):
+        name = (prefix / "wineserver").read_text().strip()
+        if name.startswith("wine-") and "/" not in name:
+            folders.append(Path("/tmp", name))  # noqa: S108
+    return folders

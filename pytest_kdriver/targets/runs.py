@@ -1,0 +1,118 @@
+"""What a run makes outside of itself, written down before it is made, so that it can be removed.
+
+Each target of each process has a run folder below ``<cache>/runs``. The owner holds a lock on the
+file ``lock`` in it for as long as it lives, so that a folder whose lock can be had belongs to nobody
+any more: the next run, or ``kdriver gc``, removes what its ``resources`` file names, and then the folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from pytest_kdriver.paths import cache_directory
+
+Remover = Callable[[Path], None]
+"""Removes a resource, given its path; never raises for what is gone already."""
+
+_LOCK: Final = "lock"
+_RESOURCES: Final = "resources"
+
+
+def runs_directory() -> Path:
+    """Where the run folders are; on the file system of the cache, so that clones can be hard links."""
+    return cache_directory() / "runs"
+
+
+class Run:
+    """A run folder that this process owns."""
+
+    def __init__(self) -> None:
+        self.path = runs_directory() / f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        # The lock is made, and taken, under another name: a folder in sight is never unlocked.
+        hidden = self.path.with_name(f".{self.path.name}")
+        hidden.mkdir(parents=True, mode=0o700)
+        self._lock = os.open(hidden / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        hidden.rename(self.path)
+
+    def record(self, kind: str, path: Path) -> None:
+        """Write down that ``path``, a resource of this kind, is about to be made."""
+        with (self.path / _RESOURCES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "path": str(path)}) + "\n")
+
+    def close(self) -> None:
+        """Remove the folder. Its resources have to be gone."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def collect_garbage(removers: dict[str, Remover]) -> list[Path]:
+    """Remove what dead runs left behind; the folders that were removed."""
+    removed = []
+    for folder in _folders():
+        with _orphaned(folder) as orphan:
+            if not orphan:
+                continue
+            for kind, path in _resources(folder):
+                if kind in removers:
+                    removers[kind](path)
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+    return removed
+
+
+def _folders() -> list[Path]:
+    try:
+        return sorted(path for path in runs_directory().iterdir() if path.is_dir())
+    except FileNotFoundError:
+        return []
+
+
+@contextmanager
+def _orphaned(folder: Path) -> Iterator[bool]:
+    """Whether nobody owns ``folder``; if so, we do for the while."""
+    if folder.name.startswith(".") and _alive(folder):
+        yield False
+        return
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(lock)
+
+
+def _alive(folder: Path) -> bool:
+    """Whether the process that began to make this hidden folder still runs."""
+    pid = folder.name.lstrip(".").partition("-")[0]
+    return pid.isdigit() and Path("/proc", pid).exists()
+
+
+def _resources(folder: Path) -> Iterator[tuple[str, Path]]:
+    try:
+        lines = (folder / _RESOURCES).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+            yield str(entry["kind"]), Path(entry["path"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the owner died while it wrote this line: nothing was made yet

@@ -1,0 +1,124 @@
+"""What a target is: a guest that drivers can be loaded in, and what is seen of its kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.kernel.log import KernelLog
+from pytest_kdriver.ntstatus import NTSTATUS
+from pytest_kdriver.win32error import Win32Error
+
+CAPABILITIES: Final[Mapping[str, str]] = {
+    "kernel-log": "what the kernel and its drivers print is seen",
+    "pool": "each driver's pool allocations and frees are seen",
+    "crashes": "a driver's crash is seen, with its code and address",
+    "snapshots": "it can be put back into the state that it had before",
+    "programs": "programs can be run in the guest",
+}
+"""Each capability that there is, and what a target that has it can do."""
+
+ParameterValue = int | str | bytes | Sequence[str]
+"""A value of a service's Parameters key: REG_DWORD or REG_QWORD, REG_SZ, REG_BINARY, REG_MULTI_SZ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOutcome:
+    """What came of a load.
+
+    ``status`` is DriverEntry's own, or the loader's where DriverEntry never ran. ``loaded`` says
+    whether the driver is there now. ``code`` is the service control manager's answer where it was
+    asked.
+    """
+
+    status: NTSTATUS
+    loaded: bool
+    code: Win32Error | None = None
+
+
+class CallTimeout(Exception):
+    """A load or unload was not over by its deadline; ``cut`` says what was done about it."""
+
+    def __init__(self, cut: str) -> None:
+        super().__init__(cut)
+        self.cut = cut
+
+
+class NoUnload(Exception):
+    """The driver has no DriverUnload, and is still there."""
+
+
+class Target(Protocol):
+    """A guest, and the host's side of it. One thread at a time.
+
+    A target is started when it is first used, and has to be closed. ``generation`` grows each time
+    the guest is put back: whatever was installed before is gone then. ``log`` lives as long as the
+    target, through all its generations.
+    """
+
+    name: str
+    kind: str
+    capabilities: frozenset[str]
+    log: KernelLog
+    generation: int
+
+    @property
+    def agent(self) -> Agent:
+        """The agent in the guest. Raises ``TargetError`` where there is none."""
+        ...
+
+    def start(self) -> None:
+        """Bring the guest up, if it is not. Raises ``TargetError``."""
+        ...
+
+    def close(self) -> None:
+        """End the guest and remove all that was made for it. Never raises for what is gone already."""
+        ...
+
+    def describe(self) -> str:
+        """What this target is, in one line, for a report's header."""
+        ...
+
+    def fence(self) -> None:
+        """Return once the log has all that the kernel said before. Raises ``TargetError``."""
+        ...
+
+    def break_down(self, reason: str) -> None:
+        """Note that the guest can't be trusted any more; ``repair`` will put it back."""
+        ...
+
+    def repair(self) -> None:
+        """Put the guest back if it broke down, or lost its agent. Raises ``TargetError``."""
+        ...
+
+    def revert(self) -> None:
+        """Put the guest back into the state that it had at first, unless it is in it."""
+        ...
+
+    def install(
+        self, service: str, image: Path, parameters: Mapping[str, ParameterValue], timeout: float
+    ) -> None:
+        """Copy ``image`` in and register it as kernel service ``service``, with its Parameters."""
+        ...
+
+    def uninstall(self, service: str, timeout: float) -> None:
+        """Delete the service and its image."""
+        ...
+
+    def load(self, service: str, timeout: float) -> LoadOutcome:
+        """Load an installed driver. Raises ``CallTimeout``, or what the agent raises.
+
+        The log holds all that happened. A crash is not raised, it is in the log.
+        """
+        ...
+
+    def load_by_service_manager(self, service: str, timeout: float) -> LoadOutcome:
+        """The same, but as ``sc start`` does it."""
+        ...
+
+    def unload(self, service: str, timeout: float) -> NTSTATUS | Win32Error:
+        """Unload it; what the guest said. Raises ``CallTimeout``, ``NoUnload``."""
+        ...

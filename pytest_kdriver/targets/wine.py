@@ -1,0 +1,412 @@
+r"""Wine's ntoskrnl as a target: a second to start, no VM, no Windows.
+
+Each generation of the guest is a clone of a template prefix with a wineserver of its own. The agent is
+the prefix's first process, so that everything that runs there inherits its stderr: a SOCK_SEQPACKET
+socket, whose messages are Wine's trace and the kernel log's source.
+
+Drivers are loaded by the service control manager, since Wine has no NtLoadDriver; DriverEntry's status
+is read in the trace. services.exe gives each of them a process of its own, so a driver that hangs is cut
+short by ending that process, and one that dies silently is found by waiting for it.
+"""
+
+from __future__ import annotations
+
+from __future__ import annotations
+
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from pytest_kdriver.config import TargetConfig
+from pytest_kdriver.errors import AgentError, LinkError, TargetError
+from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.links.process import ProcessLink
+from pytest_kdriver.image.pe import ImageLayout, read_layout
+from pytest_kdriver.kernel.bugcheck import find_crash, is_crash
+from pytest_kdriver.kernel.events import (
+    DriverInit,
+    DriverInitCalled,
+    DriverLoadFailed,
+    DriverUnload,
+    DriverUnloadCalled,
+    Fence,
+    ImageLoaded,
+    ProcessDied,
+)
+from pytest_kdriver.kernel.log import KernelLog
+from pytest_kdriver.kernel.sources.wine import DEBUG_CHANNELS, WineTrace
+from pytest_kdriver.ntstatus import NTSTATUS
+from pytest_kdriver.targets import prefix
+from pytest_kdriver.targets.pump import MessagePump
+from pytest_kdriver.targets.runs import Run, collect_garbage
+from pytest_kdriver.targets.target import CallTimeout, LoadOutcome, NoUnload, ParameterValue
+from pytest_kdriver.win32error import Win32Error
+
+E = TypeVar("E", DriverInit, DriverInitCalled, DriverLoadFailed, DriverUnload, DriverUnloadCalled)
+
+CAPABILITIES: Final = frozenset({"kernel-log", "pool", "crashes", "snapshots", "programs"})
+
+START_TIMEOUT: Final = 60.0
+"""Seconds for Wine to start and the agent to answer: under one when idle, many on a busy machine."""
+
+FENCE_TIMEOUT: Final = 30.0
+CUT_TIMEOUT: Final = 5.0
+DEATH_TIMEOUT: Final = 2.0
+FOLDER: Final = "C:\\kdriver"
+SEND_BUFFER: Final = 4 << 20
+"""Bytes of trace that may wait for the pump before a driver has to; the system may allow less."""
+
+_SO_SNDBUFFORCE: Final = 32  # socket(7); Python has no name for it
+
+_STATUS_OF_CODE: Final = {
+    Win32Error.ERROR_SERVICE_ALREADY_RUNNING: NTSTATUS.STATUS_IMAGE_ALREADY_LOADED,
+    Win32Error.ERROR_SERVICE_DOES_NOT_EXIST: NTSTATUS.STATUS_OBJECT_NAME_NOT_FOUND,
+    Win32Error.ERROR_FILE_NOT_FOUND: NTSTATUS.STATUS_OBJECT_NAME_NOT_FOUND,
+    Win32Error.ERROR_DLL_INIT_FAILED: NTSTATUS.STATUS_DLL_INIT_FAILED,
+}
+"""What NtLoadDriver says where Wine's service control manager says this without running DriverEntry."""
+
+
+def _remove_prefix(path: Path) -> None:
+    with suppress(TargetError):
+        prefix.remove(path)
+
+
+REMOVERS: Final = {prefix.RESOURCE: _remove_prefix}
+
+
+class WineTarget:
+    """See ``Target``; ``config`` says which Wine, ``artifacts`` where the kernel log's old events go."""
+
+    kind = "wine"
+
+    def __init__(self, config: TargetConfig, *, artifacts: Path | None = None) -> None:
+        self.name = config.name
+        self.capabilities = CAPABILITIES - config.without
+        self.generation = 0
+        self._wine = prefix.find_wine(config.wine)
+        self._run: Run | None = None
+        self._artifacts = artifacts
+        self._log: KernelLog | None = None
+        self._guest: _Guest | None = None
+        self._broken: str | None = None
+        self._touched = False
+        self._layouts: dict[str, ImageLayout] = {}
+        self._loaded: dict[int, str] = {}
+
+    @property
+    def log(self) -> KernelLog:
+        """See ``Target``. Raises ``TargetError`` before the first start."""
+        if self._log is None:
+            raise TargetError("it was not started", target=self.name)
+        return self._log
+
+    @property
+    def agent(self) -> Agent:
+        """See ``Target``."""
+        if self._guest is None:
+            raise TargetError("it is not running", target=self.name)
+        self._touched = True
+        return self._guest.agent
+
+    def describe(self) -> str:
+        """See ``Target``."""
+        return f"Wine {self._wine.version}"
+
+    def start(self) -> None:
+        """See ``Target``."""
+        if self._guest is not None:
+            return
+        if self._run is None:
+            collect_garbage(REMOVERS)
+            self._run = Run()
+            folder = self._artifacts or self._run.path
+            self._log = KernelLog(folder / f"kernel-log-{self.name}.events")
+        try:
+            self._guest = self._new_guest(self._run)
+        except (OSError, AgentError, LinkError, TimeoutError) as error:
+            raise TargetError(f"Wine did not start: {error}", target=self.name) from error
+        self._broken = None
+        self._touched = False
+        self.fence()
+
+    def close(self) -> None:
+        """See ``Target``."""
+        self._end_guest()
+        if self._log is not None:
+            self._log.close()
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def break_down(self, reason: str) -> None:
+        """See ``Target``."""
+        self._broken = self._broken or reason
+
+    def repair(self) -> None:
+        """See ``Target``."""
+        if self._guest is not None and self._guest.agent.closed:
+            self.break_down("its agent is gone")
+        if self._broken is not None:
+            self._renew()
+        self.start()
+
+    def revert(self) -> None:
+        """See ``Target``. Here it is a new clone."""
+        if self._touched or self._broken is not None:
+            self._renew()
+        self.repair()
+
+    def fence(self) -> None:
+        """See ``Target``. The agent says a word that the trace has to bring."""
+        position = len(self.log)
+        cookie = uuid.uuid4().hex
+        if self._guest is None:
+            raise TargetError("it is not running", target=self.name)
+        with self._agent_errors("fence"):
+            self._guest.agent.fence(cookie, timeout=FENCE_TIMEOUT)
+        window = self.log.window(None, position)
+        seen = window.wait_for(
+            lambda _, event: isinstance(event, Fence) and event.cookie == cookie, FENCE_TIMEOUT
+        )
+        if seen is None:
+            self.break_down("its kernel log does not flow")
+            raise TargetError(
+                f"its kernel log does not flow: the agent's word did not come in {FENCE_TIMEOUT:g} s",
+                target=self.name,
+            )
+
+    def install(
+        self, service: str, image: Path, parameters: Mapping[str, ParameterValue], timeout: float
+    ) -> None:
+        """See ``Target``."""
+        self._layouts[service] = read_layout(image)
+        agent = self.agent
+        path = f"{FOLDER}\\{service}.sys"
+        key = f"SYSTEM\\CurrentControlSet\\Services\\{service}\\Parameters"
+        with self._agent_errors("install"):
+            agent.put(image, path, timeout=timeout)
+            agent.create_service(service, path, timeout=timeout)
+            for name, value in parameters.items():
+                agent.set_value(key, name, value, timeout=timeout)
+
+    def uninstall(self, service: str, timeout: float) -> None:
+        """See ``Target``."""
+        with self._agent_errors("uninstall"):
+            self.agent.delete_service(service, timeout=timeout)
+            with suppress(AgentError):  # still mapped where the driver could not be unloaded
+                self.agent.delete(f"{FOLDER}\\{service}.sys", timeout=timeout)
+
+    def load(self, service: str, timeout: float) -> LoadOutcome:
+        """See ``Target``."""
+        position = len(self.log)
+        code = self._service_call(
+            lambda: self.agent.submit_start(service), service, DriverInitCalled, timeout
+        )
+        called = self._last(DriverInitCalled, service, position)
+        if called is not None:
+            self._note_image(called)
+        returned = self._last(DriverInit, service, position)
+        if called is not None and returned is None:
+            self._note_death_in_init(called, position)
+        loaded = code == Win32Error.ERROR_SUCCESS
+        if loaded and called is not None:
+            self._watch(service, called.process)
+        return LoadOutcome(status=self._status(service, code, position), loaded=loaded, code=code)
+
+    def load_by_service_manager(self, service: str, timeout: float) -> LoadOutcome:
+        """See ``Target``. On Wine there is no other way to load."""
+        return self.load(service, timeout)
+
+    def unload(self, service: str, timeout: float) -> NTSTATUS | Win32Error:
+        """See ``Target``."""
+        position = len(self.log)
+        code = self._service_call(
+            lambda: self.agent.submit_stop(service), service, DriverUnloadCalled, timeout
+        )
+        called = self._last(DriverUnloadCalled, service, position)
+        if self._last(DriverUnload, service, position) is not None:
+            self._forget(service)
+        elif called is None and code == Win32Error.ERROR_SUCCESS:
+            raise NoUnload
+        else:
+            self._await_death(service, position)
+        return code
+
+    def _status(self, service: str, code: Win32Error, position: int) -> NTSTATUS:
+        for kind in (DriverInit, DriverLoadFailed):
+            event = self._last(kind, service, position)
+            if event is not None:
+                return event.status
+        if code == Win32Error.ERROR_SUCCESS:
+            return NTSTATUS.STATUS_SUCCESS
+        if code == Win32Error.ERROR_SERVICE_DATABASE_LOCKED:
+            raise TargetError(
+                f"{service} can't be started while another driver is still in its DriverEntry: "
+                f"Wine starts one at a time ({code})",
+                target=self.name,
+            )
+        return _STATUS_OF_CODE.get(code, NTSTATUS.STATUS_UNSUCCESSFUL)
+
+    def _service_call(
+        self,
+        submit: Callable[[], Future[Win32Error]],
+        service: str,
+        called: type[DriverInitCalled | DriverUnloadCalled],
+        timeout: float,
+    ) -> Win32Error:
+        """Do a start or stop; at its deadline end the process that the driver hangs in."""
+        position = len(self.log)
+        with self._agent_errors("service call"):
+            future = submit()
+            try:
+                code = future.result(timeout)
+            except TimeoutError:
+                self.fence()
+                begun = self._last(called, service, position)
+                raise CallTimeout(self._cut_short(begun, future)) from None
+        self.fence()
+        return code
+
+    def _cut_short(
+        self, begun: DriverInitCalled | DriverUnloadCalled | None, future: Future[Win32Error]
+    ) -> str:
+        if begun is None:
+            self.break_down("a service call hangs outside of the driver")
+            return "the driver was not reached; the prefix will be made anew"
+        self.break_down("a driver was cut short")
+        self._loaded.pop(begun.process, None)
+        with suppress(AgentError, TimeoutError):
+            self._guest_agent().terminate(begun.process, timeout=CUT_TIMEOUT)
+            future.result(CUT_TIMEOUT)
+        return "the process that the driver ran in was ended"
+
+    def _guest_agent(self) -> Agent:
+        assert self._guest is not None
+        return self._guest.agent
+
+    def _last(self, kind: type[E], service: str, position: int) -> E | None:
+        events = [
+            event
+            for event in self.log.window(service, position).of(kind)
+            if event.driver == service
+        ]
+        return events[-1] if events else None
+
+    def _note_image(self, called: DriverInitCalled) -> None:
+        layout = self._layouts.get(called.driver)
+        if layout is not None:
+            base = called.entry - layout.entry
+            self.log.append([ImageLoaded(time.monotonic(), called.driver, base, layout.size)])
+
+    def _watch(self, service: str, process: int) -> None:
+        """Have the log say so if ``process`` ends while the driver is loaded."""
+        self._loaded[process] = service
+        log, loaded = self.log, self._loaded
+
+        def ended(future: Future[int]) -> None:
+            code = None if future.exception() else future.result()
+            if isinstance(future.exception(), LinkError):
+                return
+            if loaded.pop(process, None) == service:
+                log.append([ProcessDied(time.monotonic(), service, process, code)])
+
+        self.agent.wait_process(process).add_done_callback(ended)
+
+    def _forget(self, service: str) -> None:
+        for process in [pid for pid, name in self._loaded.items() if name == service]:
+            self._loaded.pop(process, None)
+
+    def _note_death_in_init(self, called: DriverInitCalled, position: int) -> None:
+        """See to it that the log says why DriverEntry did not return."""
+        if find_crash(self.log.window(called.driver, position), called.driver) is not None:
+            return
+        code: int | None = None
+        try:
+            code = self._guest_agent().wait_process(called.process).result(DEATH_TIMEOUT)
+        except TimeoutError:
+            return
+        except AgentError:
+            pass  # it is gone so long that its number is not known any more
+        self.log.append([ProcessDied(time.monotonic(), called.driver, called.process, code)])
+
+    def _await_death(self, service: str, position: int) -> None:
+        """A stop failed: if the process has died, wait until the log says so, which ``_watch`` does."""
+        if service in self._loaded.values():
+            window = self.log.window(service, position)
+            window.wait_for(lambda _, event: is_crash(event, service), DEATH_TIMEOUT)
+
+    @contextmanager
+    def _agent_errors(self, phase: str) -> Iterator[None]:
+        """Make of a lost agent what it is: a target that has to be put back."""
+        try:
+            yield
+        except LinkError as error:
+            self.break_down("its agent is gone")
+            raise TargetError(f"{phase}: {error}", target=self.name) from error
+
+    def _new_guest(self, run: Run) -> _Guest:
+        source = prefix.template(self._wine, run)
+        self.generation += 1
+        path = run.path / f"prefix-{self.generation}"
+        run.record(prefix.RESOURCE, path)
+        prefix.clone(source, path)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pump = MessagePump(ours, WineTrace(), self.log, self.name)
+        try:
+            with theirs:
+                _enlarge_send_buffer(theirs)
+                link = ProcessLink(
+                    [self._wine.loader, str(agent_executable())],
+                    env=self._wine.environment(path, DEBUG_CHANNELS),
+                    stderr=theirs.fileno(),
+                    cwd=str(path),
+                )
+            try:
+                agent = Agent.connect(link, timeout=START_TIMEOUT)
+            except BaseException:
+                prefix.end(path)
+                link.close()
+                raise
+        except BaseException:
+            pump.close()
+            prefix.remove(path)
+            raise
+        return _Guest(path, agent, pump)
+
+    def _end_guest(self) -> None:
+        guest, self._guest = self._guest, None
+        self._loaded.clear()
+        if guest is not None:
+            prefix.end(guest.path)
+            guest.agent.close()
+            guest.pump.close()
+            prefix.remove(guest.path)
+
+    def _renew(self) -> None:
+        self._end_guest()
+        self.start()
+
+
+@dataclass(frozen=True, slots=True)
+class _Guest:
+    """What one generation is made of."""
+
+    path: Path
+    agent: Agent
+    pump: MessagePump
+
+
+def _enlarge_send_buffer(connection: socket.socket) -> None:
+    """Let more of the trace wait; beyond the system's limit only root may."""
+    try:
+        connection.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, SEND_BUFFER)
+    except PermissionError:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
