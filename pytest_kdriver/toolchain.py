@@ -3,7 +3,9 @@
 Two kinds are known. *rustup*: stable Rust with the target ``x86_64-pc-windows-msvc`` added and the
 linker ``rust-lld`` that comes with it. *System*: a distribution's own cargo and rustc, which have no
 prebuilt ``core`` for Windows; it is built from ``rust-src`` (``-Zbuild-std``) and linked by ``lld-link``.
-No Windows SDK and no WDK in either.
+No Windows SDK and no WDK in either. Where both are there, rustup's is taken.
+
+The names of the packages stand in ``scripts/setup`` too, which installs them.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pathlib import Path
 from pytest_kdriver.errors import BuildError
 
 TARGET = "x86_64-pc-windows-msvc"
-SYSTEM_CARGO = "/usr/bin/cargo"
-SYSTEM_RUSTC = "/usr/bin/rustc"
+SYSTEM_PROGRAMS = Path("/usr/bin")
+OLDEST_LLD = 15  # 14 looks for msvcrt.lib before it has read the driver's /NODEFAULTLIB:msvcrt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,24 +94,61 @@ def _has_prebuilt_core(rustc: str) -> bool:
 
 def _system_toolchain() -> Toolchain | str:
     """The distribution's toolchain, or the sentence that says what it lacks."""
-    packages = "apt-get install rustc-web cargo-web rust-web-src lld   (Debian 12)"
-    missing = [path for path in (SYSTEM_CARGO, SYSTEM_RUSTC) if not os.access(path, os.X_OK)]
-    if missing:
-        return f"no {' and no '.join(missing)}: {packages}, or rustup with the target {TARGET}"
-    sysroot = _output(SYSTEM_RUSTC, "--print", "sysroot")
+    packages = "apt-get install rustc-web cargo-web rust-web-src lld-16   (Debian 12)"
+    rust = _system_rust()
+    if rust is None:
+        return (
+            f"no Rust in {SYSTEM_PROGRAMS}: {packages}; or install rustup, and its target {TARGET}"
+        )
+    cargo, rustc = rust
+    sysroot = _output(rustc, "--print", "sysroot")
     if not (Path(sysroot) / "lib/rustlib/src/rust/library/core/src/lib.rs").exists():
-        return f"{SYSTEM_RUSTC} has no source of core: {packages}"
-    linker = shutil.which("lld-link")
+        return f"{rustc} has no source of core: {packages}"
+    linker = _system_linker()
     if linker is None:
-        return "no lld-link: apt-get install lld"
+        return f"no lld-link of version {OLDEST_LLD} or newer: {packages}"
     return Toolchain(
-        cargo=SYSTEM_CARGO,
-        identity=_version(SYSTEM_RUSTC),
+        cargo=cargo,
+        identity=_version(rustc),
         environment={
             f"CARGO_TARGET_{_upper(TARGET)}_LINKER": linker,
-            "RUSTC": SYSTEM_RUSTC,
+            "RUSTC": rustc,
             "RUSTC_BOOTSTRAP": "1",
             **_PANIC,
         },
-        build_arguments=("-Zbuild-std=core,alloc",),
+        build_arguments=("-Zbuild-std=core,alloc", *_LIKE_PREBUILT),
     )
+
+
+# Built as the prebuilt ones are. Unoptimised, compiler_builtins wants fma, which no kernel has.
+_LIKE_PREBUILT = tuple(
+    f"--config=profile.dev.package.{crate}.{setting}"
+    for crate in ("core", "alloc", "compiler_builtins")
+    for setting in ("opt-level=3", "debug-assertions=false", "overflow-checks=false")
+)
+
+
+def _system_rust() -> tuple[str, str] | None:
+    """Paths of cargo and rustc: Ubuntu's newest versioned pair (``cargo-1.85``), else the plain one."""
+    versioned = sorted(
+        SYSTEM_PROGRAMS.glob("cargo-1.*"),
+        key=lambda cargo: _number(cargo, "cargo-1."),
+        reverse=True,
+    )
+    for cargo in (*versioned, SYSTEM_PROGRAMS / "cargo"):
+        rustc = cargo.with_name(cargo.name.replace("cargo", "rustc"))
+        if os.access(cargo, os.X_OK) and os.access(rustc, os.X_OK):
+            return str(cargo), str(rustc)
+    return None
+
+
+def _system_linker() -> str | None:
+    """The newest ``lld-link-NN``; the package ``lld`` brings one too."""
+    linkers = {_number(path, "lld-link-"): path for path in SYSTEM_PROGRAMS.glob("lld-link-*")}
+    newest = max(linkers, default=0)
+    return str(linkers[newest]) if newest >= OLDEST_LLD else None
+
+
+def _number(path: Path, prefix: str) -> int:
+    digits = path.name.removeprefix(prefix)
+    return int(digits) if digits.isdecimal() else 0
