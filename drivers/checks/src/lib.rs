@@ -1,8 +1,9 @@
 //! Tries the framework where no test on the host can: in a kernel.
 //!
-//! Init prints a line for each check that passed, and fails with `STATUS_INTERNAL_ERROR` at the first that did not. It wants these
-//! parameters: `Dword` (`REG_DWORD` 7), `Qword` (`REG_QWORD` 8), `Text` (`REG_SZ` `text`), `Expandable` (`REG_EXPAND_SZ` `%text%`),
-//! `Texts` (`REG_MULTI_SZ` `one`, `two`), `Bytes` (`REG_BINARY` of 100 times 0xA5).
+//! Init prints a line for each check that passed, and fails with `STATUS_INTERNAL_ERROR` at the
+//! first that did not. It wants these parameters: `Dword` (`REG_DWORD` 7), `Qword` (`REG_QWORD` 8),
+//! `Text` (`REG_SZ` `text`), `Expandable` (`REG_EXPAND_SZ` `%text%`), `Texts` (`REG_MULTI_SZ`
+//! `one`, `two`), `Bytes` (`REG_BINARY` of 100 times 0xA5).
 
 #![no_std]
 

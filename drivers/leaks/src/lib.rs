@@ -8,8 +8,9 @@
 //! | `Where` | `REG_SZ` | `init` | or `cleanup` |
 //! | `Fault` | `REG_SZ` | | `double-free` or `wrong-tag`: in the same place, one more block is freed so |
 //!
-//! Blocks with the driver's own tag come from Rust's allocator, others straight from the pool. The first half is
-//! allocated at one place in the source, the rest at another. An init that fails leaks nothing.
+//! Blocks with the driver's own tag come from Rust's allocator, others straight from the pool. The
+//! first half is allocated at one place in the source, the rest at another. An init that fails
+//! leaks nothing.
 
 #![no_std]
 

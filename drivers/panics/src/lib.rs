@@ -68,7 +68,8 @@ impl How {
             }
             Self::PageFault => {
                 println!("about to write to address 0x10");
-                // SAFETY: none; the fault is what was asked for. In assembly, so that the compiler does not know better.
+                // SAFETY: none; the fault is what was asked for. In assembly, so that the compiler
+                // does not know better.
                 unsafe { asm!("mov byte ptr [{address}], 1", address = in(reg) 0x10_usize) }
             }
             Self::BugCheck => {

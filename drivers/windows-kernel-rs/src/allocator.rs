@@ -28,8 +28,8 @@ pub(crate) static FAILURE: kernel_pool::failure::FailNth = kernel_pool::failure:
 
 /// Looks for `ExAllocatePool2`, once and before the first allocation.
 ///
-/// Not at the first allocation: the lookup is allowed at `PASSIVE_LEVEL` only, where `DriverEntry` runs, and an
-/// allocation up to `DISPATCH_LEVEL`.
+/// Not at the first allocation: the lookup is allowed at `PASSIVE_LEVEL` only, where `DriverEntry`
+/// runs, and an allocation up to `DISPATCH_LEVEL`.
 pub(crate) fn find_pool_functions() {
     const NAME: [u16; 15] = utf16::literal(b"ExAllocatePool2");
     let name = UnicodeString::of_literal(&NAME);
@@ -40,8 +40,8 @@ pub(crate) fn find_pool_functions() {
 
 /// The global allocator: non-paged memory that nothing can be executed in, under one tag.
 ///
-/// [`kernel_module!`](crate::kernel_module) makes one. Any alignment is honoured. When there is no memory it gives null: it
-/// never panics. To be used at or below `DISPATCH_LEVEL`.
+/// [`kernel_module!`](crate::kernel_module) makes one. Any alignment is honoured. When there is no
+/// memory it gives null: it never panics. To be used at or below `DISPATCH_LEVEL`.
 pub struct KernelAllocator {
     tag: PoolTag,
 }
@@ -54,7 +54,8 @@ impl KernelAllocator {
     }
 }
 
-// SAFETY: both functions give null or a block of that size, aligned to 16, which is the caller's until freed.
+// SAFETY: both functions give null or a block of that size, aligned to 16, which is the caller's
+// until freed.
 unsafe impl Pool for KernelAllocator {
     fn allocate(&self, bytes: usize) -> *mut u8 {
         let tag = self.tag.to_ulong();
@@ -72,13 +73,14 @@ unsafe impl Pool for KernelAllocator {
     }
 
     unsafe fn free(&self, block: *mut u8) {
-        // SAFETY: the block came from `allocate`, which used the same tag, and both functions there free by this one.
+        // SAFETY: the block came from `allocate`, which used the same tag, and both functions there
+        // free by this one.
         unsafe { ExFreePoolWithTag(block.cast(), self.tag.to_ulong()) }
     }
 }
 
-// SAFETY: `placement` gives null or a block that satisfies the layout. `realloc` is the default: a new block, a copy, and
-// the old one freed, which is right for every alignment.
+// SAFETY: `placement` gives null or a block that satisfies the layout. `realloc` is the default: a
+// new block, a copy, and the old one freed, which is right for every alignment.
 unsafe impl GlobalAlloc for KernelAllocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         #[cfg(feature = "fail-allocation")]

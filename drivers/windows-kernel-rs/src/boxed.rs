@@ -28,8 +28,8 @@ impl<T> TryBox<T> {
         if place.is_null() {
             return Err(Error::INSUFFICIENT_RESOURCES);
         }
-        // SAFETY: the place is writable and of the right layout, and it is what `Box` would have used itself: from the
-        // global allocator, or dangling for a value without size.
+        // SAFETY: the place is writable and of the right layout, and it is what `Box` would have
+        // used itself: from the global allocator, or dangling for a value without size.
         unsafe {
             place.write(value);
             Ok(Self(Box::from_raw(place)))

@@ -6,7 +6,8 @@ use windows_kernel_sys::base::DRIVER_OBJECT;
 
 /// What a driver does. [`kernel_module!`](crate::kernel_module) makes a driver of it.
 ///
-/// The kernel calls a driver from any thread, hence `Send + Sync`. A module that is not does not compile:
+/// The kernel calls a driver from any thread, hence `Send + Sync`. A module that is not does not
+/// compile:
 ///
 /// ```compile_fail,E0277
 /// # use windows_kernel_rs::{Driver, Error, KernelModule};
@@ -36,13 +37,15 @@ use windows_kernel_sys::base::DRIVER_OBJECT;
 /// }
 /// ```
 pub trait KernelModule: Sized + Send + Sync + 'static {
-    /// Starts the driver. `registry_path` names the service's key, as [`Parameters::open`](crate::Parameters::open)
-    /// wants it; a lone surrogate in it has become U+FFFD.
+    /// Starts the driver. `registry_path` names the service's key, as
+    /// [`Parameters::open`](crate::Parameters::open) wants it; a lone surrogate in it has become
+    /// U+FFFD.
     ///
     /// # Errors
     ///
-    /// The status with which the start shall fail. One that means success becomes `STATUS_UNSUCCESSFUL`. What was made so
-    /// far is to be dropped here, as usual; [`cleanup`](Self::cleanup) is not called.
+    /// The status with which the start shall fail. One that means success becomes
+    /// `STATUS_UNSUCCESSFUL`. What was made so far is to be dropped here, as usual;
+    /// [`cleanup`](Self::cleanup) is not called.
     fn init(driver: Driver, registry_path: &str) -> Result<Self, Error>;
 
     /// Called before the driver is unloaded. The module is dropped right after.
@@ -76,7 +79,8 @@ impl Driver {
     /// Nobody, the kernel included, changes the object while the reference lives.
     #[must_use]
     pub unsafe fn as_raw(&self) -> &DRIVER_OBJECT {
-        // SAFETY: the object lives as long as this driver is loaded; the rest is the caller's promise.
+        // SAFETY: the object lives as long as this driver is loaded; the rest is the caller's
+        // promise.
         unsafe { self.object.as_ref() }
     }
 
@@ -84,8 +88,8 @@ impl Driver {
     ///
     /// # Safety
     ///
-    /// Nobody, the kernel included, reads or changes the object while the reference lives; and what is written there is what the kernel
-    /// expects.
+    /// Nobody, the kernel included, reads or changes the object while the reference lives; and what
+    /// is written there is what the kernel expects.
     pub unsafe fn as_raw_mut(&mut self) -> &mut DRIVER_OBJECT {
         // SAFETY: as above.
         unsafe { self.object.as_mut() }
@@ -93,10 +97,11 @@ impl Driver {
 
     /// From now on this driver cannot be unloaded: it has no `DriverUnload`.
     ///
-    /// To be called in `init`. Its [`cleanup`](KernelModule::cleanup) will never run, and its module is never dropped.
+    /// To be called in `init`. Its [`cleanup`](KernelModule::cleanup) will never run, and its
+    /// module is never dropped.
     pub fn refuse_unload(&mut self) {
-        // SAFETY: one aligned field of a live object; the kernel reads it when somebody asks for the unload, which finds the old or the
-        // new value.
+        // SAFETY: one aligned field of a live object; the kernel reads it when somebody asks for
+        // the unload, which finds the old or the new value.
         unsafe { (&raw mut (*self.object.as_ptr()).DriverUnload).write_volatile(None) }
     }
 }

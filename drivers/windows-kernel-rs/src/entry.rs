@@ -9,12 +9,22 @@ use core::mem::MaybeUninit;
 pub use windows_kernel_sys::base::{DRIVER_OBJECT, DRIVER_UNLOAD, NTSTATUS, UNICODE_STRING};
 use windows_kernel_sys::base::{NT_SUCCESS, STATUS_SUCCESS, STATUS_UNSUCCESSFUL};
 
+/// What the linker is told by the object file, so that nobody need tell it by hand.
+///
+/// `/NODEFAULTLIB` alone is refused in an object file; `msvcrt` is the one library that rustc asks
+/// for. An unoptimised `compiler_builtins`, as in a debug build with `-Zbuild-std`, refers to `fma`
+/// and `fmaf` and never calls them: should anybody do, the machine stops instead of reckoning
+/// wrong.
+pub const DIRECTIVES: [u8; 124] = *b" /ENTRY:DriverEntry /SUBSYSTEM:NATIVE /NODEFAULTLIB:msvcrt \
+    /ALTERNATENAME:fma=KeBugCheckEx /ALTERNATENAME:fmaf=KeBugCheckEx ";
+
 /// Where the module lives: in the image, so that to keep it cannot fail.
 pub struct ModuleSlot<Module> {
     module: UnsafeCell<MaybeUninit<Module>>,
 }
 
-// SAFETY: the module may be used from any thread, and moved to any; the kernel calls `start` and `stop` one after the other.
+// SAFETY: the module may be used from any thread, and moved to any; the kernel calls `start` and
+// `stop` one after the other.
 unsafe impl<Module: KernelModule> Sync for ModuleSlot<Module> {}
 
 impl<Module: KernelModule> ModuleSlot<Module> {
@@ -31,8 +41,8 @@ impl<Module: KernelModule> ModuleSlot<Module> {
     ///
     /// # Safety
     ///
-    /// The arguments are those that the kernel gave to `DriverEntry`; it calls this once, with `unload` leading to
-    /// [`stop`](Self::stop) of the same slot.
+    /// The arguments are those that the kernel gave to `DriverEntry`; it calls this once, with
+    /// `unload` leading to [`stop`](Self::stop) of the same slot.
     pub unsafe fn start(
         &self,
         driver: *mut DRIVER_OBJECT,
@@ -57,9 +67,11 @@ impl<Module: KernelModule> ModuleSlot<Module> {
     ///
     /// # Safety
     ///
-    /// `driver` is what the kernel gave to `DriverUnload`; it calls this once, after a successful [`start`](Self::start).
+    /// `driver` is what the kernel gave to `DriverUnload`; it calls this once, after a successful
+    /// [`start`](Self::start).
     pub unsafe fn stop(&self, driver: *mut DRIVER_OBJECT) {
-        // SAFETY: `start` put a module there, and nobody else uses it: the driver is being unloaded.
+        // SAFETY: `start` put a module there, and nobody else uses it: the driver is being
+        // unloaded.
         unsafe {
             let module = &mut *self.module.get();
             module.assume_init_mut().cleanup(Driver::from_raw(driver));
@@ -101,9 +113,9 @@ fn failure(error: Error) -> NTSTATUS {
 
 /// Makes a driver of a [`KernelModule`].
 ///
-/// `kernel_module!(Module)` tags the driver's memory with the first four letters of the package's name;
-/// `kernel_module!(Module, tag = *b"hell")` with letters of its own choice. A tag that is zero or has other than printable ASCII
-/// characters does not compile:
+/// `kernel_module!(Module)` tags the driver's memory with the first four letters of the package's
+/// name; `kernel_module!(Module, tag = *b"hell")` with letters of its own choice. A tag that is
+/// zero or has other than printable ASCII characters does not compile:
 ///
 /// ```no_run
 /// # use windows_kernel_rs::{Driver, Error, KernelModule, kernel_module};
@@ -133,8 +145,8 @@ fn failure(error: Error) -> NTSTATUS {
 /// kernel_module!(Module, tag = *b"h\xe9ll");
 /// ```
 ///
-/// It makes the global allocator, the entry point `DriverEntry` (exported as `driver_entry` too), `DriverUnload`, and
-/// the linker's directives.
+/// It makes the global allocator, the entry point `DriverEntry` (exported as `driver_entry` too),
+/// `DriverUnload`, and the linker's directives.
 #[macro_export]
 macro_rules! kernel_module {
     ($module:ty $(,)?) => {
@@ -149,6 +161,8 @@ macro_rules! kernel_module {
 #[macro_export]
 macro_rules! __kernel_module {
     ($module:ty, $tag:expr) => {
+        // A driver that denies itself `unsafe` can still be one.
+        #[allow(unsafe_code)]
         const _: () = {
             use $crate::entry::{DRIVER_OBJECT, ModuleSlot, NTSTATUS, UNICODE_STRING};
 
@@ -159,12 +173,10 @@ macro_rules! __kernel_module {
             static ALLOCATOR: $crate::allocator::KernelAllocator =
                 $crate::allocator::KernelAllocator::new(TAG);
 
-            // `/NODEFAULTLIB` alone is refused here; `msvcrt` is the one library that rustc asks for.
             #[cfg(windows)]
             #[used]
             #[unsafe(link_section = ".drectve")]
-            static DIRECTIVES: [u8; 62] =
-                *b" /ENTRY:DriverEntry /SUBSYSTEM:NATIVE /NODEFAULTLIB:msvcrt    ";
+            static DIRECTIVES: [u8; $crate::entry::DIRECTIVES.len()] = $crate::entry::DIRECTIVES;
 
             static MODULE: ModuleSlot<$module> = ModuleSlot::new();
 

@@ -9,7 +9,8 @@ use core::fmt::{self, Write};
 ///
 /// # Errors
 ///
-/// [`Error::INSUFFICIENT_RESOURCES`] without memory, [`Error::UNSUCCESSFUL`] if a value's own formatting fails.
+/// [`Error::INSUFFICIENT_RESOURCES`] without memory, [`Error::UNSUCCESSFUL`] if a value's own
+/// formatting fails.
 pub fn try_format(arguments: fmt::Arguments<'_>) -> Result<String, Error> {
     let mut writer = TryWriter {
         text: String::new(),

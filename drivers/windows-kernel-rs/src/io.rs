@@ -1,8 +1,8 @@
 //! Printing to the kernel's debugger.
 //!
 //! Nothing here allocates. Text goes to `DbgPrint` as data, never as its format string, at most
-//! [`PIECE_BYTES`] bytes a call: longer text is cut at a character's border and sent on. (A newline right after a
-//! full piece goes with it.) A NUL is shown as `\0`.
+//! [`PIECE_BYTES`] bytes a call: longer text is cut at a character's border and sent on. (A newline
+//! right after a full piece goes with it.) A NUL is shown as `\0`.
 
 use core::fmt::{self, Write};
 pub use kernel_text::pieces::PIECE_BYTES;
@@ -41,7 +41,8 @@ macro_rules! println {
     };
 }
 
-/// Prints an expression with its place and its value, and gives the value back, as the standard library's does.
+/// Prints an expression with its place and its value, and gives the value back, as the standard
+/// library's does.
 ///
 /// ```no_run
 /// # use windows_kernel_rs::dbg;

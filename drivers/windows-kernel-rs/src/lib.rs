@@ -1,7 +1,7 @@
 //! A small safe framework for Windows kernel drivers in stable Rust.
 //!
-//! A driver is a type that implements [`KernelModule`], and [`kernel_module!`] around it. The crate holds nothing else: no
-//! `build.rs`, no linker flags.
+//! A driver is a type that implements [`KernelModule`], and [`kernel_module!`] around it. The crate
+//! holds nothing else: no `build.rs`, no linker flags.
 //!
 //! ```no_run
 //! use windows_kernel_rs::{Driver, Error, KernelModule, kernel_module, println};
@@ -23,9 +23,9 @@
 //! ```
 //!
 //! Memory: on stable Rust an allocation that cannot fail panics when it does fail, and a panic is a
-//! bug check. So whatever the framework allocates, it allocates fallibly, and offers the means to do likewise:
-//! [`TryBox`], [`try_format!`], `Vec::try_reserve`, and `?`, since `TryReserveError` becomes
-//! [`Error::INSUFFICIENT_RESOURCES`].
+//! bug check. So whatever the framework allocates, it allocates fallibly, and offers the means to
+//! do likewise: [`TryBox`], [`try_format!`], `Vec::try_reserve`, and `?`, since `TryReserveError`
+//! becomes [`Error::INSUFFICIENT_RESOURCES`].
 
 #![no_std]
 #![deny(missing_docs)]

@@ -17,8 +17,9 @@ const SUBKEY: [u16; 10] = utf16::literal(b"Parameters");
 
 /// The values under `Parameters` in the service's key.
 ///
-/// A value that is not there is `None`, and so is every value if the key itself is not there. A value of another type
-/// is an error, [`Error::OBJECT_TYPE_MISMATCH`]: a mistyped test shall not pass on the default. To be used at `PASSIVE_LEVEL`.
+/// A value that is not there is `None`, and so is every value if the key itself is not there. A
+/// value of another type is an error, [`Error::OBJECT_TYPE_MISMATCH`]: a mistyped test shall not
+/// pass on the default. To be used at `PASSIVE_LEVEL`.
 ///
 /// ```no_run
 /// # use windows_kernel_rs::{Error, Parameters};
@@ -33,7 +34,8 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// Opens the key for reading, if there is one. `registry_path` is what [`init`](crate::KernelModule::init) got.
+    /// Opens the key for reading, if there is one. `registry_path` is what
+    /// [`init`](crate::KernelModule::init) got.
     ///
     /// # Errors
     ///
@@ -64,7 +66,8 @@ impl Parameters {
     ///
     /// # Errors
     ///
-    /// [`Error::OBJECT_TYPE_MISMATCH`] for another type; or when there is not enough memory, or the kernel refuses.
+    /// [`Error::OBJECT_TYPE_MISMATCH`] for another type; or when there is not enough memory, or the
+    /// kernel refuses.
     pub fn u32(&self, name: &str) -> Result<Option<u32>, Error> {
         let units = unicode::try_encode(name)?;
         self.dword(&UnicodeString::new(&units)?)
@@ -81,7 +84,8 @@ impl Parameters {
         Ok(number.map(u64::from_le_bytes))
     }
 
-    /// A `REG_SZ` or, with nothing expanded, a `REG_EXPAND_SZ`. It ends at its first NUL; a lone surrogate becomes U+FFFD.
+    /// A `REG_SZ` or, with nothing expanded, a `REG_EXPAND_SZ`. It ends at its first NUL; a lone
+    /// surrogate becomes U+FFFD.
     ///
     /// # Errors
     ///
@@ -209,7 +213,8 @@ impl<Bytes: AsRef<[u8]>> Value<Bytes> {
     /// The data, if they are of one of these types.
     fn data(&self, kinds: &[u32]) -> Result<&[u8], Error> {
         let (head, data) = self.buffer.as_ref().split_at(HEAD_BYTES);
-        // SAFETY: the head is that long, made of integers alone, and read without regard to alignment.
+        // SAFETY: the head is that long, made of integers alone, and read without regard to
+        // alignment.
         let head = unsafe {
             head.as_ptr()
                 .cast::<KEY_VALUE_PARTIAL_INFORMATION>()
@@ -252,7 +257,8 @@ impl Key {
     fn query(&self, name: &UnicodeString<'_>, buffer: &mut [u8]) -> Result<Answer, Error> {
         let bytes = u32::try_from(buffer.len()).map_err(|_| Error::INSUFFICIENT_RESOURCES)?;
         let mut needed = 0;
-        // SAFETY: the key is open, the name well formed, and the buffer as long as it is said to be.
+        // SAFETY: the key is open, the name well formed, and the buffer as long as it is said to
+        // be.
         let answer = Error::check(unsafe {
             ZwQueryValueKey(
                 self.handle,

@@ -25,7 +25,8 @@ pub fn sleep(duration: Duration) {
     }
 }
 
-/// What the system's clock shows, as time since 1601. It jumps when somebody sets it. To be called at `PASSIVE_LEVEL`.
+/// What the system's clock shows, as time since 1601. It jumps when somebody sets it. To be called
+/// at `PASSIVE_LEVEL`.
 ///
 /// # Errors
 ///

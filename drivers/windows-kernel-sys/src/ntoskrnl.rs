@@ -1,7 +1,7 @@
 //! Functions that `ntoskrnl.exe` exports.
 
-// The link attribute stands for Windows alone (off it, rustc refuses it), so that the crates above can
-// be type-checked and their documentation tested on any machine.
+// The link attribute stands for Windows alone (off it, rustc refuses it), so that the crates above
+// can be type-checked and their documentation tested on any machine.
 
 #![allow(non_snake_case)]
 
