@@ -9,6 +9,7 @@ The wheel is for any platform ("py3-none-any"): what is compiled in it runs in t
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,21 +26,24 @@ class KdriverBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         if version == "editable":
             return
         root = Path(self.root)
-        build_data["force_include"] |= {
-            str(build_agent(root)): "pytest_kdriver/guest/kdagent.exe",
-            str(root / "vm/images"): "pytest_kdriver/_images",
-        }
+        included = build_data["force_include"]
+        included[str(build_agent(root))] = "pytest_kdriver/guest/kdagent.exe"
+        if (root / "vm/images").is_dir():
+            included[str(root / "vm/images")] = "pytest_kdriver/_images"
 
 
 def build_agent(root: Path) -> Path:
-    """Build vm/agent and return its kdagent.exe; what cargo says goes to stderr."""
+    """Build vm/agent and return its kdagent.exe; what cargo says goes to stderr.
+
+    ``$CARGO_TARGET_DIR`` counts, as it does for cargo.
+    """
     sys.path.insert(0, str(root))
     try:
         from pytest_kdriver.toolchain import TARGET, find_toolchain
     finally:
         sys.path.remove(str(root))
     toolchain = find_toolchain()
-    target_directory = root / "vm/agent/target"
+    target_directory = Path(os.environ.get("CARGO_TARGET_DIR", root / "vm/agent/target")).absolute()
     subprocess.run(
         [
             toolchain.cargo,
