@@ -1,0 +1,112 @@
+"""Integration tests for Windows kernel drivers, written as ordinary pytest tests.
+
+The fixtures ``kdriver`` and ``kdriver_target`` and the marker ``kdriver`` come by themselves; what else a
+test needs is here. Names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_kdriver.driver import CycleResult, Driver, ServiceState, TargetHandle
+    from pytest_kdriver.errors import (
+        AgentError,
+        AgentProtocolError,
+        BuildError,
+        CapabilityError,
+        ConfigError,
+        DriverCrashed,
+        DriverError,
+        DriverTimeout,
+        ImageError,
+        KdriverError,
+        KernelLogError,
+        LinkError,
+        NoSuchLine,
+        NotImplementedByGuest,
+        PoolError,
+        StartFailed,
+        StopFailed,
+        TargetError,
+        UnloadRefused,
+    )
+    from pytest_kdriver.kernel.pool import Caller, Frame, PoolUse, PoolUses, WrongFree
+    from pytest_kdriver.ntstatus import NTSTATUS
+    from pytest_kdriver.win32error import Win32Error
+
+_HOME = {
+    "driver": ("CycleResult", "Driver", "ServiceState", "TargetHandle"),
+    "errors": (
+        "AgentError",
+        "AgentProtocolError",
+        "BuildError",
+        "CapabilityError",
+        "ConfigError",
+        "DriverCrashed",
+        "DriverError",
+        "DriverTimeout",
+        "ImageError",
+        "KdriverError",
+        "KernelLogError",
+        "LinkError",
+        "NoSuchLine",
+        "NotImplementedByGuest",
+        "PoolError",
+        "StartFailed",
+        "StopFailed",
+        "TargetError",
+        "UnloadRefused",
+    ),
+    "kernel.pool": ("Caller", "Frame", "PoolUse", "PoolUses", "WrongFree"),
+    "ntstatus": ("NTSTATUS",),
+    "win32error": ("Win32Error",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "NTSTATUS",
+    "AgentError",
+    "AgentProtocolError",
+    "BuildError",
+    "Caller",
+    "CapabilityError",
+    "ConfigError",
+    "CycleResult",
+    "Driver",
+    "DriverCrashed",
+    "DriverError",
+    "DriverTimeout",
+    "Frame",
+    "ImageError",
+    "KdriverError",
+    "KernelLogError",
+    "LinkError",
+    "NoSuchLine",
+    "NotImplementedByGuest",
+    "PoolError",
+    "PoolUse",
+    "PoolUses",
+    "ServiceState",
+    "StartFailed",
+    "StopFailed",
+    "TargetError",
+    "TargetHandle",
+    "UnloadRefused",
+    "Win32Error",
+    "WrongFree",
+]
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

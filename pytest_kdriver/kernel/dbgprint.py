@@ -41,7 +41,7 @@ class DbgPrint:
 
     @property
     def lines(self) -> list[str]:
-        """All lines so far. Bytes that are not UTF-8 show as ``\\xNN``."""
+        r"""All lines so far. Bytes that are not UTF-8 show as ``\xNN``."""
         return [line for event in self._window.of(DebugPrint) for line in event.lines]
 
     @property
@@ -79,7 +79,7 @@ class DbgPrint:
         self._in_order(patterns, patterns)
 
     def no_fnmatch_line(self, pattern: str) -> None:
-        """Check that no line matches ``pattern`` (fnmatch). Raises ``NoSuchLine`` naming the one that does."""
+        """Check that no line matches ``pattern`` (fnmatch). Raises ``NoSuchLine`` naming one that does."""
         matches = re.compile(fnmatch.translate(pattern)).match
         for line in self.lines:
             if matches(line):

@@ -25,7 +25,7 @@ class DebugPrint:
 
     @property
     def text(self) -> str:
-        """The text as UTF-8; what is not, as ``\\xNN``."""
+        r"""The text as UTF-8; what is not, as ``\xNN``."""
         return self.raw.decode("utf-8", "backslashreplace")
 
     @property

@@ -178,12 +178,15 @@ class Pool:
         self._refuse(False)
         return self._balance().wrong_tags
 
-    def problems(self) -> str:
-        """The leaks, double frees and frees with a wrong tag as a table for a person; "" for none."""
+    def problems(self, *, leaks: bool) -> str:
+        """The double frees, frees with a wrong tag and, with ``leaks``, the leaks, as a table for a person.
+
+        "" for none.
+        """
         self._refuse(True)
         balance = self._balance()
         parts = []
-        if balance.left:
+        if balance.left and leaks:
             left = balance.left
             parts.append(f"{left.total_count} blocks, {left.total_size} bytes leaked:\n{left}")
         if balance.double_frees:

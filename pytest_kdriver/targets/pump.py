@@ -69,7 +69,7 @@ class MessagePump:
 
     def _receive(self) -> tuple[bytes, bool]:
         """The frames of a batch of messages, and whether there may be more at once."""
-        frames = []
+        frames: list[bytes] = []
         receive = self._connection.recvmsg
         for _ in range(BATCH):
             try:

@@ -62,8 +62,12 @@ class Target(Protocol):
     name: str
     kind: str
     capabilities: frozenset[str]
-    log: KernelLog
     generation: int
+
+    @property
+    def log(self) -> KernelLog:
+        """What was seen of its kernel, from the first start on. Raises ``TargetError`` before that."""
+        ...
 
     @property
     def agent(self) -> Agent:

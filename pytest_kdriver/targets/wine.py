@@ -11,8 +11,6 @@ short by ending that process, and one that dies silently is found by waiting for
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 import socket
 import time
 import uuid
@@ -21,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.errors import AgentError, LinkError, TargetError
@@ -45,11 +43,14 @@ from pytest_kdriver.kernel.sources.wine import DEBUG_CHANNELS, WineTrace
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets import prefix
 from pytest_kdriver.targets.pump import MessagePump
-from pytest_kdriver.targets.runs import Run, collect_garbage
+from pytest_kdriver.targets.runs import Remover, Run, collect_garbage
 from pytest_kdriver.targets.target import CallTimeout, LoadOutcome, NoUnload, ParameterValue
 from pytest_kdriver.win32error import Win32Error
 
-E = TypeVar("E", DriverInit, DriverInitCalled, DriverLoadFailed, DriverUnload, DriverUnloadCalled)
+_DriverEvent: TypeAlias = (
+    DriverInit | DriverInitCalled | DriverLoadFailed | DriverUnload | DriverUnloadCalled
+)
+E = TypeVar("E", bound=_DriverEvent)
 
 CAPABILITIES: Final = frozenset({"kernel-log", "pool", "crashes", "snapshots", "programs"})
 
@@ -79,7 +80,7 @@ def _remove_prefix(path: Path) -> None:
         prefix.remove(path)
 
 
-REMOVERS: Final = {prefix.RESOURCE: _remove_prefix}
+REMOVERS: Final[dict[str, Remover]] = {prefix.RESOURCE: _remove_prefix}
 
 
 class WineTarget:
@@ -241,7 +242,8 @@ class WineTarget:
         return code
 
     def _status(self, service: str, code: Win32Error, position: int) -> NTSTATUS:
-        for kind in (DriverInit, DriverLoadFailed):
+        kinds: tuple[type[DriverInit | DriverLoadFailed], ...] = (DriverInit, DriverLoadFailed)
+        for kind in kinds:
             event = self._last(kind, service, position)
             if event is not None:
                 return event.status

@@ -8,7 +8,7 @@ Asked for as ``DEBUG_CHANNELS``, with ``RELAYED`` as the registry's RelayInclude
     1933.239:00dc:00ec:Ret  ntoskrnl.exe.ExAllocatePoolWithTag() retval=014a0370 ret=18000102a
     1933.239:00dc:00ec:warn:debugstr:vDbgPrintExWithPrefix 00000000:00000001: Hello, world!
     1933.239:00dc:00ec:Ret  driver init 0000000180001000 (obj=...,str=L"...\\hello") retval=00000000
-    wine: Unhandled page fault on write access to 0000000000000010 at address 00000000021A1010 (thread 0204), ...
+    wine: Unhandled page fault on write access to 0000000000000010 at address 00000000021A1010 (thread 0204),
 
 A driver may print what looks like any of these, behind a newline or at the start of a print. So nothing
 but the start of a message counts as a header, and the stream that is fed to the source keeps the borders:

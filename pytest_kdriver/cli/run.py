@@ -1,0 +1,168 @@
+"""``kdriver run``: load one driver, watch it, unload it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pytest_kdriver.config import find_root, load_config
+from pytest_kdriver.driver import Driver
+from pytest_kdriver.errors import ConfigError, DriverError, StartFailed
+from pytest_kdriver.kernel.events import DebugPrint
+from pytest_kdriver.kernel.log import Window
+from pytest_kdriver.session import Session
+from pytest_kdriver.targets.target import ParameterValue
+
+POLL = 0.2
+"""Seconds after which the follower looks whether it shall stop; lines are shown at once."""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "run",
+        help="load a driver, show what it prints, unload it",
+        description="Load a driver, show what it prints as it prints it, unload it, and tell "
+        "DriverEntry's status and what is left of its pool. The exit code is 0 if it started, stopped "
+        "and leaked nothing, else 1.",
+    )
+    parser.add_argument(
+        "driver", help="a .sys file, or a package of the configured cargo workspace"
+    )
+    parser.add_argument(
+        "--vm", metavar="NAME", help="the target (default: the config's, else wine)"
+    )
+    parser.add_argument(
+        "--for",
+        dest="seconds",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long it stays loaded (default: 0); Ctrl-C unloads it earlier",
+    )
+    parser.add_argument(
+        "-p",
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a value of the service's Parameters key: a number becomes a REG_DWORD or REG_QWORD, "
+        "anything else a REG_SZ; may be repeated",
+    )
+    parser.add_argument(
+        "--service", metavar="NAME", help="the service's name (default: the driver's)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="for each of load and unload"
+    )
+    parser.set_defaults(call=call)
+
+
+def call(options: argparse.Namespace) -> int:
+    """Do it, and tell."""
+    config = load_config(find_root(Path.cwd()))
+    target = options.vm or (config.vm[0] if config.vm else "wine")
+    parameters = _parameters(options.parameter)
+    name = options.driver
+    if Path(name).exists() and "/" not in name:
+        name = f"./{name}"
+    session = Session(config)
+    try:
+        handle = session.handle(target)
+        session.prepare(target, "none", "")
+        driver = handle.make_driver(
+            name,
+            beside=Path.cwd(),
+            service=options.service,
+            parameters=parameters,
+            timeout=options.timeout,
+        )
+        return _run(driver, options.seconds)
+    finally:
+        session.close()
+
+
+def _run(driver: Driver, seconds: float) -> int:
+    with _live(driver.window):
+        failed = _load_and_unload(driver, seconds)
+    if failed is not None:
+        _say(f"FAILED: {failed}")
+        return 1
+    _say(f"{driver.service} started, stopped and left nothing behind")
+    return 0
+
+
+def _load_and_unload(driver: Driver, seconds: float) -> str | None:
+    """What went wrong, None for nothing."""
+    try:
+        try:
+            _say(f"DriverEntry returned {driver.start()}")
+            _wait(seconds)
+        finally:
+            driver.finish()
+    except StartFailed as error:
+        return str(error.status) + _besides(error)
+    except DriverError as error:
+        return str(error)
+    return None
+
+
+def _besides(error: StartFailed) -> str:
+    """A success that is none here has to be explained."""
+    return f"\n{error}" if error.status.is_success else ""
+
+
+def _wait(seconds: float) -> None:
+    try:
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        _say("interrupted: unloading")
+
+
+@contextmanager
+def _live(window: Window) -> Iterator[None]:
+    """Show what the driver prints while it prints it."""
+    done = threading.Event()
+    thread = threading.Thread(target=_follow, args=(window, done), name="kdriver-follow")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _follow(window: Window, done: threading.Event) -> None:
+    position = window.start
+    while True:
+        last_look = done.is_set()
+        for at, event in window.numbered(position):
+            position = at + 1
+            if isinstance(event, DebugPrint):
+                for line in event.lines:
+                    print(line, flush=True)
+        if last_look:
+            return
+        window.log.wait(max(position, len(window.log)), time.monotonic() + POLL)
+
+
+def _parameters(settings: Sequence[str]) -> dict[str, ParameterValue]:
+    parameters: dict[str, ParameterValue] = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"--parameter {setting!r}: write NAME=VALUE")
+        try:
+            parameters[name] = int(value, 0)
+        except ValueError:
+            parameters[name] = value
+    return parameters
+
+
+def _say(text: str) -> None:
+    print(f"kdriver: {text}", file=sys.stderr, flush=True)

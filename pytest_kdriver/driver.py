@@ -1,0 +1,555 @@
+"""What a test holds: a driver on a target, and the target."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final, Literal, TypeAlias, TypedDict
+
+from pytest_kdriver.config import DEFAULT_TIMEOUT
+from pytest_kdriver.errors import (
+    CapabilityError,
+    ConfigError,
+    DriverCrashed,
+    DriverError,
+    DriverTimeout,
+    KdriverError,
+    PoolError,
+    StartFailed,
+    StopFailed,
+    UnloadRefused,
+)
+from pytest_kdriver.guest.agent import Completed, ServiceStatus
+from pytest_kdriver.image.finder import ImageFinder, is_path
+from pytest_kdriver.kernel.bugcheck import Crash, find_crash
+from pytest_kdriver.kernel.dbgprint import DbgPrint
+from pytest_kdriver.kernel.log import Window
+from pytest_kdriver.kernel.pool import Pool, PoolUses
+from pytest_kdriver.kernel.text import kernel_lines
+from pytest_kdriver.ntstatus import NTSTATUS
+from pytest_kdriver.targets.target import (
+    CallTimeout,
+    LoadOutcome,
+    NoUnload,
+    ParameterValue,
+    Target,
+)
+from pytest_kdriver.win32error import Win32Error
+
+Leaks: TypeAlias = Literal["forbid", "allow"]
+
+LAST_LINES: Final = 12
+"""How many lines of the kernel log an error shows."""
+
+_SERVICE_NAME: Final = re.compile(r"[\w.\- ]{1,80}", re.ASCII)
+
+
+class ServiceState(Enum):
+    """A service's state, as ``sc query`` names it; the values are SERVICE_STATUS's."""
+
+    STOPPED = 1
+    START_PENDING = 2
+    STOP_PENDING = 3
+    RUNNING = 4
+    CONTINUE_PENDING = 5
+    PAUSE_PENDING = 6
+    PAUSED = 7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CycleResult:
+    """One start and stop. Times are in seconds; ``leaked`` is what this cycle alone left behind."""
+
+    status: NTSTATUS
+    start_seconds: float
+    stop_seconds: float
+    lines: list[str]
+    leaked: PoolUses
+
+
+class _State(Enum):
+    UNLOADED = "unloaded"
+    LOADED = "loaded"
+    LOST = "lost"  # crashed, cut short, or not to be unloaded: what it holds can't be judged
+
+
+_NEVER: Final = 1 << 62
+"""Added to a log position: nothing will ever come behind it."""
+
+
+class _Told(TypedDict):
+    """What every ``DriverError`` is told."""
+
+    driver: str
+    target: str
+    lines: list[str]
+
+
+class Driver:
+    """A driver under test, on a target.
+
+    Nobody constructs it: the fixture ``kdriver`` and ``TargetHandle.driver`` do. ``name`` is the
+    driver's, ``service`` its service's, ``image`` its file on the host. The driver is copied in and
+    registered by the first start.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        image: Path,
+        *,
+        name: str,
+        service: str | None = None,
+        parameters: Mapping[str, ParameterValue] | None = None,
+        leaks: Leaks = "forbid",
+        tags: Sequence[str] = (),
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        self.name = name
+        self.service = check_service_name(service or name)
+        self.image = image
+        self.last_status: NTSTATUS | None = None
+        self._target = target
+        self._parameters = dict(parameters or {})
+        self._leaks: Leaks = leaks
+        self._tags = tuple(tags)
+        self._timeout = timeout
+        self._state = _State.UNLOADED
+        self._installed_in: int | None = None
+        self._started = False
+        self._finished = False
+        self._crash_seen_to = len(target.log)
+        self._begin_window()
+
+    def _begin_window(self) -> None:
+        self._window = self._target.log.window(self.service)
+        self._dbgprint = DbgPrint(
+            self._window,
+            driver=self.service,
+            target=self._target.name,
+            on_crash=self._crash_error,
+        )
+        self._pool = self._pool_of(self._window)
+
+    def _pool_of(self, window: Window) -> Pool:
+        return Pool(window, driver=self.service, tags=self._tags, refuse=self._refuse_pool)
+
+    # what was seen
+
+    @property
+    def window(self) -> Window:
+        """The part of the kernel log that is this test's: the driver's events, and those that nobody can attribute."""
+        self._need("kernel-log")
+        return self._window
+
+    @property
+    def dbgprint(self) -> DbgPrint:
+        """What was printed in this test. Raises ``CapabilityError`` where the target can't see it."""
+        self._need("kernel-log")
+        return self._dbgprint
+
+    @property
+    def pool(self) -> Pool:
+        """What was allocated in this test. Raises ``CapabilityError`` where the target can't see it."""
+        self._need("pool")
+        return self._pool
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the driver is in the guest's kernel, as far as its calls have told."""
+        return self._state is _State.LOADED
+
+    @property
+    def service_state(self) -> ServiceState | None:
+        """What the service control manager says of the service; None: it has no such service."""
+        status: ServiceStatus | None = self._target.agent.query_service(
+            self.service, timeout=self._timeout
+        )
+        return None if status is None else ServiceState(status.state)
+
+    # what can be done
+
+    def start(self, *, check: bool = True, timeout: float | None = None) -> NTSTATUS:
+        """Load the driver; DriverEntry's own status, or the loader's where DriverEntry never ran.
+
+        With ``check`` an error status raises ``StartFailed``. ``timeout`` is in seconds. Raises
+        ``DriverCrashed`` and ``DriverTimeout`` too.
+        """
+        outcome = self._load(self._target.load, timeout)
+        if check and not outcome.loaded:
+            raise StartFailed(self._why_not(outcome), status=outcome.status, **self._told())
+        return outcome.status
+
+    def start_service(self, *, timeout: float | None = None) -> Win32Error:
+        """Start by the service control manager, as ``sc start`` does; its answer, error or not."""
+        outcome = self._load(self._target.load_by_service_manager, timeout)
+        return outcome.code if outcome.code is not None else Win32Error.ERROR_SUCCESS
+
+    def stop(self, *, timeout: float | None = None) -> None:
+        """Unload the driver.
+
+        Raises ``UnloadRefused`` where it has no DriverUnload, ``StopFailed`` where it is not running or
+        the guest says no, ``DriverCrashed``, ``DriverTimeout``.
+        """
+        if self._finished and self._state is not _State.LOADED:
+            return  # the verdict has stopped it already; a fixture's own stop is no mistake
+        self._enter()
+        if self._state is not _State.LOADED:
+            raise StopFailed("it is not running", **self._told())
+        limit = self._timeout if timeout is None else timeout
+        try:
+            code = self._target.unload(self.service, limit)
+        except CallTimeout as late:
+            raise self._late("stop", "DriverUnload", limit, late) from None
+        except NoUnload:
+            self._lose(f"{self.service} can't be unloaded")
+            raise UnloadRefused(
+                "it has no DriverUnload, so it stays loaded until the guest ends", **self._told()
+            ) from None
+        self._raise_crash()
+        if code:
+            raise StopFailed(f"the guest says {code}", code=code, **self._told())
+        self._state = _State.UNLOADED
+
+    @contextmanager
+    def running(self, *, timeout: float | None = None) -> Iterator[Driver]:
+        """Start, and stop at the end, unless it was stopped, or crashed and the test knows."""
+        self.start(timeout=timeout)
+        try:
+            yield self
+        except Exception:
+            # What the body has to say matters more than what the stop has.
+            with suppress(KdriverError):
+                self._stop_if_loaded(timeout)
+            raise
+        self._stop_if_loaded(timeout)
+
+    def _stop_if_loaded(self, timeout: float | None = None) -> None:
+        if self._state is _State.LOADED:
+            self.stop(timeout=timeout)
+
+    def cycle(self, count: int, *, timeout: float | None = None) -> list[CycleResult]:
+        """Start and stop ``count`` times, each with ``check``. ``timeout`` is each call's."""
+        return [self._cycle_once(timeout) for _ in range(count)]
+
+    def _cycle_once(self, timeout: float | None) -> CycleResult:
+        window = self._target.log.window(self.service)
+        begin = time.monotonic()
+        status = self.start(timeout=timeout)
+        started = time.monotonic()
+        self.stop(timeout=timeout)
+        stopped = time.monotonic()
+        window.close()
+        printed = DbgPrint(
+            window, driver=self.service, target=self._target.name, on_crash=self._crash_error
+        )
+        seen = self._target.capabilities
+        return CycleResult(
+            status=status,
+            start_seconds=started - begin,
+            stop_seconds=stopped - started,
+            lines=printed.lines if "kernel-log" in seen else [],
+            leaked=self._pool_of(window).leaked if "pool" in seen else PoolUses(),
+        )
+
+    # the verdict
+
+    def finish(self) -> None:
+        """Stop, unregister, and judge: raises what the test has not been told yet.
+
+        ``PoolError`` for leaks (unless allowed), double frees and frees with a wrong tag since the last
+        ``finish``; ``DriverCrashed``; whatever stopping raises. Can be called again.
+        """
+        try:
+            self._raise_crash()
+            self._stop_if_loaded()
+        finally:
+            self._finished = True
+            self._uninstall()
+            self._window.close()
+        self._judge()
+
+    def resume(self) -> None:
+        """Begin a new window, for what is done after ``finish``."""
+        self._started = False
+        self._state = _State.UNLOADED
+        self._begin_window()
+
+    def _judge(self) -> None:
+        if not self._started or self._state is _State.LOST:
+            return
+        if "pool" not in self._target.capabilities:
+            if self._leaks == "forbid":
+                raise PoolError(
+                    f"whether it leaks can't be seen on target {self._target.name!r}; "
+                    "@pytest.mark.kdriver(..., leaks='allow') does without",
+                    **self._told(),
+                )
+            return
+        problems = self._pool.problems(leaks=self._leaks == "forbid")
+        if problems:
+            raise PoolError(problems, driver=self.service, target=self._target.name)
+
+    def _uninstall(self) -> None:
+        if self._installed_in == self._target.generation:
+            self._installed_in = None
+            if self._state is not _State.LOST:
+                self._target.uninstall(self.service, self._timeout)
+
+    # how
+
+    def _load(
+        self, load: Callable[[str, float], LoadOutcome], timeout: float | None
+    ) -> LoadOutcome:
+        limit = self._timeout if timeout is None else timeout
+        self._enter()
+        try:
+            self._install(limit)
+            self._crash_seen_to = len(self._target.log)
+            self._started = True
+            outcome = load(self.service, limit)
+        except CallTimeout as late:
+            raise self._late("start", "DriverEntry", limit, late) from None
+        except TimeoutError as error:
+            self._lose(f"installing {self.service} took too long")
+            raise DriverTimeout(
+                f"copying it in and registering it was not over after {limit:g} s ({error})",
+                phase="install",
+                timeout=limit,
+                **self._told(),
+            ) from error
+        self.last_status = outcome.status
+        if (
+            outcome.status != NTSTATUS.STATUS_IMAGE_ALREADY_LOADED
+            or self._state is not _State.LOADED
+        ):
+            self._state = _State.LOADED if outcome.loaded else _State.UNLOADED
+        self._raise_crash()
+        return outcome
+
+    def _enter(self) -> None:
+        """What each call begins with: no news of a crash, and a guest that can be trusted."""
+        self._raise_crash()
+        self._target.repair()
+        if self._installed_in not in (None, self._target.generation):
+            self._installed_in = None
+            if self._state is _State.LOADED:
+                self._state = _State.LOST
+
+    def _install(self, limit: float) -> None:
+        if self._installed_in != self._target.generation:
+            self._target.install(self.service, self.image, self._parameters, limit)
+            self._installed_in = self._target.generation
+
+    def _raise_crash(self) -> None:
+        if "crashes" in self._target.capabilities and self._find_crash() is not None:
+            raise self._crash_error()
+
+    def _find_crash(self) -> Crash | None:
+        log = self._target.log
+        return find_crash(log.window(self.service, self._crash_seen_to), self.service)
+
+    def _crash_error(self) -> DriverCrashed:
+        """The crash as an exception; from now on the test knows."""
+        crash = self._find_crash()
+        self._crash_seen_to = len(self._target.log) + _NEVER
+        self._lose(f"{self.service} crashed")
+        if crash is None:
+            return DriverCrashed("it crashed", **self._told())
+        return DriverCrashed(
+            crash.description,
+            code=crash.code,
+            parameters=crash.parameters,
+            address=crash.address,
+            **self._told(),
+        )
+
+    def _lose(self, reason: str) -> None:
+        self._state = _State.LOST
+        self._target.break_down(reason)
+
+    def _late(self, phase: str, routine: str, limit: float, late: CallTimeout) -> DriverTimeout:
+        self._lose(f"{self.service} did not return from {routine}")
+        return DriverTimeout(
+            f"{routine} did not return within {limit:g} s; {late.cut}",
+            phase=phase,
+            timeout=limit,
+            **self._told(),
+        )
+
+    def _why_not(self, outcome: LoadOutcome) -> str:
+        if outcome.status.is_success:
+            return (
+                f"DriverEntry returned {outcome.status}, which is a success on Windows; "
+                f"this target takes nothing but STATUS_SUCCESS ({outcome.code})"
+            )
+        return f"the start failed with {outcome.status}"
+
+    def _told(self) -> _Told:
+        lines = kernel_lines(self._window, LAST_LINES)
+        return _Told(driver=self.service, target=self._target.name, lines=lines)
+
+    def _need(self, capability: str) -> None:
+        need(self._target, capability)
+
+    def _refuse_pool(self, unloaded: bool) -> None:
+        self._need("pool")
+        if unloaded and self._state is _State.LOADED:
+            raise DriverError(
+                "it is still loaded, so nothing has leaked yet: stop it first, or ask for in_use",
+                driver=self.service,
+                target=self._target.name,
+            )
+
+
+def check_service_name(name: str) -> str:
+    """``name``, if it can be a service's and a file's name; a ``ConfigError`` if not."""
+    if not _SERVICE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} can't be a service's name: letters, digits, '_', '-', '.' and ' ', at most 80; "
+            "give another with service="
+        )
+    return name
+
+
+def need(target: Target, capability: str) -> None:
+    """Raise ``CapabilityError`` unless ``target`` has ``capability``."""
+    if capability not in target.capabilities:
+        raise CapabilityError(
+            f"it has no capability {capability!r}, so this can't be seen or done there",
+            target=target.name,
+            capability=capability,
+        )
+
+
+class Registry:
+    """The guest's registry, below HKEY_LOCAL_MACHINE. Keys are written with backslashes."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def get(self, key: str, name: str) -> int | str | bytes | list[str] | None:
+        """A value: REG_DWORD and REG_QWORD, REG_SZ, REG_BINARY, REG_MULTI_SZ. None: there is none."""
+        return self._target.agent.get_value(key, name)
+
+    def set(self, key: str, name: str, value: ParameterValue) -> None:
+        """Set a value, and make its key where there is none."""
+        self._target.agent.set_value(key, name, value)
+
+    def delete(self, key: str, name: str) -> None:
+        """Delete a value."""
+        self._target.agent.delete_value(key, name)
+
+
+class TargetHandle:
+    """A target, as a test may use it: more drivers, programs, files, the registry.
+
+    Nobody constructs it: the fixture ``kdriver_target`` does.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        images: ImageFinder,
+        *,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> None:
+        self._target = target
+        self._images = images
+        self._timeout = timeout
+
+    @property
+    def name(self) -> str:
+        """The target's name, as ``--kdriver-vm`` has it."""
+        return self._target.name
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the target can see and do."""
+        return self._target.capabilities
+
+    @property
+    def registry(self) -> Registry:
+        """The guest's registry."""
+        return Registry(self._target)
+
+    @contextmanager
+    def driver(
+        self,
+        name: str,
+        *,
+        service: str | None = None,
+        parameters: Mapping[str, ParameterValue] | None = None,
+        leaks: Leaks = "forbid",
+        tags: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> Iterator[Driver]:
+        """One more driver, judged at the end of the ``with``. The arguments are the marker's."""
+        driver = self.make_driver(
+            name, service=service, parameters=parameters, leaks=leaks, tags=tags, timeout=timeout
+        )
+        try:
+            yield driver
+        except Exception:
+            with suppress(KdriverError):
+                driver.finish()
+            raise
+        driver.finish()
+
+    def make_driver(
+        self,
+        name: str,
+        *,
+        beside: Path | None = None,
+        service: str | None = None,
+        parameters: Mapping[str, ParameterValue] | None = None,
+        leaks: Leaks = "forbid",
+        tags: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> Driver:
+        """The same without the ``with``: the caller has to ``finish`` it.
+
+        A path is looked for below the folder ``beside`` first.
+        """
+        image = self._images.find(name, beside=beside)
+        return Driver(
+            self._target,
+            image,
+            name=image.stem if is_path(name) else name,
+            service=service,
+            parameters=parameters,
+            leaks=leaks,
+            tags=tags,
+            timeout=self._timeout if timeout is None else timeout,
+        )
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        directory: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> Completed:
+        """Run a program in the guest to its end. Past ``timeout`` seconds it is ended, and told as such."""
+        need(self._target, "programs")
+        return self._target.agent.run(
+            command, stdin=stdin, directory=directory, time_limit=timeout, timeout=timeout + 10
+        )
+
+    def put(self, source: Path | bytes, path: str) -> None:
+        """Copy a file, or bytes, to ``path`` in the guest; folders are made."""
+        self._target.agent.put(source, path)
+
+    def get(self, path: str) -> bytes:
+        """The content of the guest's file ``path``."""
+        return self._target.agent.get(path)
+
+    def delete(self, path: str) -> None:
+        """Delete the guest's file ``path``."""
+        self._target.agent.delete(path)

@@ -1,0 +1,158 @@
+"""The marker ``kdriver``, checked and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, Final, get_args
+
+from pytest_kdriver.config import ISOLATIONS, Isolation
+from pytest_kdriver.driver import Leaks, check_service_name
+from pytest_kdriver.errors import ConfigError
+from pytest_kdriver.image.finder import is_path
+from pytest_kdriver.targets.target import CAPABILITIES, ParameterValue
+
+KEYWORDS: Final = ("name", "parameters", "service", "leaks", "tags", "requires", "timeout")
+
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""The positional and keyword arguments of one ``@pytest.mark.kdriver(...)``, as the user wrote them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverMark:
+    """What a test says of its driver, all of it.
+
+    ``name`` is a cargo package, or the stem of ``path``. ``timeout`` None: the config's.
+    """
+
+    name: str
+    path: str | None = None
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
+    service: str | None = None
+    leaks: Leaks = "forbid"
+    tags: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    timeout: float | None = None
+
+
+def merge(marks: Iterable[Arguments]) -> DriverMark | None:
+    """The outcome of marks given outermost first: of each argument the closest one wins.
+
+    None where none of them names a driver. Raises ``ConfigError`` for an argument that can't be.
+    """
+    merged: dict[str, Any] = {}
+    for positional, keywords in marks:
+        merged.update(_arguments(positional, keywords))
+    if "name" not in merged:
+        return None
+    name = str(merged.pop("name"))
+    path = name if is_path(name) else None
+    mark = DriverMark(name=PurePath(name).stem if path else name, path=path, **merged)
+    check_service_name(mark.service or mark.name)
+    return mark
+
+
+def _arguments(positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    if len(positional) > 1:
+        raise ConfigError(
+            f"kdriver takes one positional argument, the driver's name; got {positional!r}"
+        )
+    for key in keywords:
+        if key not in KEYWORDS:
+            raise ConfigError(f"kdriver has no argument {key!r}; there are: {', '.join(KEYWORDS)}")
+    arguments = dict(keywords)
+    if positional:
+        if "name" in arguments:
+            raise ConfigError("kdriver got its name twice")
+        arguments["name"] = positional[0]
+    return {key: _CHECKS[key](value) for key, value in arguments.items()}
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong("name", value, "a cargo package, or a path to a .sys file")
+    return value
+
+
+def _parameters(value: object) -> dict[str, ParameterValue]:
+    allowed = "a dict of names to int, str, bytes or lists of str"
+    if not isinstance(value, Mapping):
+        raise _wrong("parameters", value, allowed)
+    for key, entry in value.items():
+        plain = isinstance(entry, int | str | bytes)
+        strings = isinstance(entry, list | tuple) and all(isinstance(s, str) for s in entry)
+        if not isinstance(key, str) or not (plain or strings):
+            raise _wrong("parameters", {key: entry}, allowed)
+    return dict(value)
+
+
+def _service(value: object) -> str:
+    if not isinstance(value, str):
+        raise _wrong("service", value, "a service's name")
+    return check_service_name(value)
+
+
+def _leaks(value: object) -> Leaks:
+    for known in get_args(Leaks):
+        if value == known:
+            return value  # type: ignore[return-value]  # it is one of them
+    raise _wrong("leaks", value, "'forbid' or 'allow'")
+
+
+def _tags(value: object) -> tuple[str, ...]:
+    tags = _strings("tags", value)
+    for tag in tags:
+        if not (0 < len(tag) <= 4 and tag.isascii()):
+            raise _wrong("tags", value, "pool tags, of one to four ASCII characters")
+    return tags
+
+
+def _requires(value: object) -> tuple[str, ...]:
+    names = _strings("requires", value)
+    for name in names:
+        if name not in CAPABILITIES:
+            raise _wrong("requires", value, f"capabilities: {', '.join(CAPABILITIES)}")
+    return names
+
+
+def _timeout(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise _wrong("timeout", value, "seconds, more than 0")
+    return float(value)
+
+
+def _strings(key: str, value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple | set | frozenset):
+        raise _wrong(key, value, "a string, or a list of strings")
+    if not all(isinstance(entry, str) for entry in strings):
+        raise _wrong(key, value, "a string, or a list of strings")
+    return tuple(strings)
+
+
+def _wrong(key: str, value: object, allowed: str) -> ConfigError:
+    return ConfigError(f"kdriver: {key} is {value!r}; allowed: {allowed}")
+
+
+_CHECKS: Final = {
+    "name": _name,
+    "parameters": _parameters,
+    "service": _service,
+    "leaks": _leaks,
+    "tags": _tags,
+    "requires": _requires,
+    "timeout": _timeout,
+}
+
+
+def isolation(arguments: Arguments) -> Isolation:
+    """What ``@pytest.mark.kdriver_isolation(...)`` says. Raises ``ConfigError``."""
+    positional, keywords = arguments
+    wanted = positional[0] if len(positional) == 1 and not keywords else None
+    for known in ISOLATIONS:
+        if wanted == known:
+            return known
+    raise ConfigError(
+        f"kdriver_isolation takes one argument; allowed: {', '.join(map(repr, ISOLATIONS))}"
+    )

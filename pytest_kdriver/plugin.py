@@ -1,0 +1,324 @@
+"""The pytest plugin: options, markers, fixtures, hooks. It calls down, and decides nothing.
+
+Whoever has it installed and does not use it pays for this file alone: everything else is imported when
+a target is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_kdriver.driver import Driver, TargetHandle
+    from pytest_kdriver.errors import KdriverError
+    from pytest_kdriver.marker import DriverMark
+    from pytest_kdriver.session import Session
+
+_SESSION = pytest.StashKey["Session"]()
+_MARK = pytest.StashKey["DriverMark | None"]()
+_DRIVER = pytest.StashKey["Driver"]()
+
+_HOW_TO_RUN = "no target was chosen: run with --kdriver-vm wine, or set vm in kdriver.toml"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options ``--kdriver-*``."""
+    group = parser.getgroup("kdriver", "Windows kernel drivers")
+    group.addoption(
+        "--kdriver-vm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run tests that need a target on target NAME; may be repeated. "
+        "'wine' is built in, others come from kdriver.toml",
+    )
+    group.addoption(
+        "--kdriver-isolation",
+        choices=("test", "module", "session", "none"),
+        help="when a target is put back into its first state (default: module where it can be)",
+    )
+    group.addoption(
+        "--kdriver-artifacts",
+        metavar="DIR",
+        help="keep here what is seen of failed tests: the kernel log as text",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Describe the markers."""
+    config.addinivalue_line(
+        "markers",
+        "kdriver(name, *, parameters={}, service=None, leaks='forbid', tags=(), requires=(), "
+        "timeout=30): the driver that the fixture kdriver is: a cargo package, or a path to a .sys; "
+        "the values of its service's Parameters key; its service's name; whether leaks fail the test; "
+        "the pool tags that count; capabilities that the target needs; seconds for each call",
+    )
+    config.addinivalue_line(
+        "markers",
+        "kdriver_isolation(when): put the target back before each 'test', 'module', 'session', or 'none'",
+    )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Close what is still open, whatever ended the run."""
+    session = config.stash.get(_SESSION, None)
+    if session is not None:
+        session.close()
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Name the targets that were asked for on the command line."""
+    if not config.option.kdriver_vm:
+        return None
+    session = _session(config)
+    with _usage_errors():
+        targets = [
+            f"{name} ({session.target(name).describe()})" for name in dict.fromkeys(_chosen(config))
+        ]
+    return (
+        f"kdriver: {', '.join(targets)}; isolation {config.option.kdriver_isolation or 'default'}"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give each test that needs a target one test for each target."""
+    if "kdriver_target" in metafunc.fixturenames:
+        with _usage_errors():
+            names = list(dict.fromkeys(_chosen(metafunc.config)))
+        if names:
+            metafunc.parametrize("kdriver_target", names, indirect=True, scope="session")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Replace each item's ``kdriver`` marks, its parents' among them, by one that has all arguments."""
+    marked = [item for item in items if item.get_closest_marker("kdriver") is not None]
+    for item in marked:
+        item.stash[_MARK] = _merge_marks(item)
+    for item in marked:
+        for node in item.listchain():
+            node.own_markers[:] = [mark for mark in node.own_markers if mark.name != "kdriver"]
+    for item in marked:
+        merged = item.stash[_MARK]
+        if merged is not None:
+            item.add_marker(pytest.mark.kdriver(**_fields(merged)), append=False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have the item's target ready before any of its fixtures runs."""
+    if "kdriver_target" not in getattr(item, "fixturenames", ()):
+        return
+    callspec = getattr(item, "callspec", None)
+    name = callspec.params.get("kdriver_target") if callspec is not None else None
+    if name is None:
+        pytest.skip(_HOW_TO_RUN)
+    session = _session(item.config)
+    with _plain_failures():
+        target = session.target(name)
+        mark = item.stash.get(_MARK, None)
+        isolation, needs = _isolation(item)
+        for capability in (*(mark.requires if mark else ()), *needs):
+            if capability not in target.capabilities:
+                pytest.skip(f"target {name!r} has no capability {capability!r}")
+        from pytest_kdriver.session import default_isolation
+
+        module = item.nodeid.partition("::")[0]
+        session.prepare(name, isolation or default_isolation(target), module)
+
+
+@pytest.fixture(scope="session")
+def kdriver_target(request: pytest.FixtureRequest) -> Iterator[TargetHandle]:
+    """The target of this test, chosen by ``--kdriver-vm``: more drivers, programs, files, registry."""
+    session = _session(request.config)
+    with _plain_failures():
+        handle = session.handle(request.param)
+    yield handle
+    session.close_target(request.param)
+
+
+@pytest.fixture
+def kdriver(request: pytest.FixtureRequest, kdriver_target: TargetHandle) -> Iterator[Driver]:
+    """The driver that ``@pytest.mark.kdriver(...)`` names, built, not started yet.
+
+    When the test's body is over the driver is stopped, unregistered and judged: a leak fails the test.
+    """
+    mark = request.node.stash.get(_MARK, None)
+    if mark is None:
+        pytest.fail(
+            'which driver? Mark the test with @pytest.mark.kdriver("NAME"), NAME being a cargo package '
+            "or a path to a .sys file",
+            pytrace=False,
+        )
+    with _plain_failures():
+        driver = kdriver_target.make_driver(
+            mark.path or mark.name,
+            beside=request.path.parent,
+            service=mark.service,
+            parameters=mark.parameters,
+            leaks=mark.leaks,
+            tags=mark.tags,
+            timeout=mark.timeout,
+        )
+    request.node.stash[_DRIVER] = driver
+    yield driver
+    with _plain_failures():
+        driver.finish()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Judge the driver behind the test's body, while its result is still open."""
+    driver = pyfuncitem.stash.get(_DRIVER, None)
+    if driver is None:
+        return (yield)
+    from pytest_kdriver.errors import KdriverError
+
+    try:
+        result = yield
+    except (KeyboardInterrupt, pytest.exit.Exception):
+        raise
+    except BaseException as error:
+        try:
+            driver.finish()
+        except KdriverError as second:
+            error.add_note(f"besides: {second}")
+        _cut_traceback(pyfuncitem.config, error)
+        raise
+    with _plain_failures():
+        driver.finish()
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Tell what was seen of the driver, where a test failed; then begin anew for its fixtures."""
+    report = yield
+    driver = item.stash.get(_DRIVER, None)
+    if driver is None:
+        return report
+    if report.failed:
+        from pytest_kdriver.report.sections import sections
+
+        told = sections(driver)
+        report.sections += told
+        _keep(item, call.when, told)
+    if call.when == "call":
+        driver.resume()
+    elif call.when == "teardown":
+        del item.stash[_DRIVER]
+    return report
+
+
+def _session(config: pytest.Config) -> Session:
+    if _SESSION not in config.stash:
+        from pytest_kdriver.config import load_config
+        from pytest_kdriver.session import Session
+
+        with _usage_errors():
+            settings = load_config(config.rootpath)
+        artifacts = config.option.kdriver_artifacts
+        config.stash[_SESSION] = Session(
+            settings, artifacts=Path(artifacts).absolute() if artifacts else None
+        )
+    return config.stash[_SESSION]
+
+
+def _chosen(config: pytest.Config) -> Sequence[str]:
+    """The names of the targets of this run; a ``ConfigError`` for one that there is not."""
+    settings = _session(config).config
+    names: Sequence[str] = config.option.kdriver_vm or settings.vm
+    for name in names:
+        settings.target(name)
+    return names
+
+
+def _merge_marks(item: pytest.Item) -> DriverMark | None:
+    from pytest_kdriver.errors import ConfigError
+    from pytest_kdriver.marker import merge
+
+    outermost_first = reversed(list(item.iter_markers("kdriver")))
+    try:
+        return merge((mark.args, mark.kwargs) for mark in outermost_first)
+    except ConfigError as error:
+        raise pytest.UsageError(f"{item.nodeid}: {error}") from None
+
+
+def _fields(mark: DriverMark) -> dict[str, Any]:
+    return {name: getattr(mark, name) for name in mark.__dataclass_fields__}
+
+
+def _isolation(item: pytest.Item) -> tuple[Any, tuple[str, ...]]:
+    """The isolation that somebody chose, None for nobody, and the capabilities that it needs."""
+    from pytest_kdriver.marker import isolation
+
+    mark = item.get_closest_marker("kdriver_isolation")
+    chosen = isolation((mark.args, mark.kwargs)) if mark is not None else None
+    chosen = (
+        chosen or item.config.option.kdriver_isolation or _session(item.config).config.isolation
+    )
+    return chosen, ("snapshots",) if chosen in ("test", "module") else ()
+
+
+def _keep(item: pytest.Item, when: str, told: Sequence[tuple[str, str]]) -> None:
+    """Write a failed test's sections into the artifacts folder."""
+    artifacts = _session(item.config).artifacts
+    if artifacts is None:
+        return
+    artifacts.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w.\-\[\]]+", "_", item.nodeid)[-150:]
+    text = "".join(f"=== {title} ===\n{content}\n\n" for title, content in told)
+    (artifacts / f"{name}.{when}.txt").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """A config that can't be ends the run with a sentence."""
+    from pytest_kdriver.errors import KdriverError
+
+    try:
+        yield
+    except KdriverError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@contextmanager
+def _plain_failures() -> Iterator[None]:
+    """What goes wrong outside of the test's own code is told without a traceback of ours."""
+    from pytest_kdriver.errors import KdriverError
+
+    try:
+        yield
+    except KdriverError as error:
+        _fail(error)
+
+
+def _fail(error: KdriverError) -> NoReturn:
+    __tracebackhide__ = True
+    failure = pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False)
+    raise failure from error
+
+
+def _cut_traceback(config: pytest.Config, error: BaseException) -> None:
+    """End the traceback of one of our errors where the test called us."""
+    from pytest_kdriver.errors import KdriverError
+
+    if not isinstance(error, KdriverError) or config.option.fulltrace:
+        return
+    last_own = None
+    trace = error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        if module != "contextlib" and module.partition(".")[0] != "pytest_kdriver":
+            last_own = trace
+        trace = trace.tb_next
+    if last_own is not None:
+        last_own.tb_next = None

@@ -1,0 +1,44 @@
+"""What a failed test's report says of the driver."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from pytest_kdriver.driver import Driver
+from pytest_kdriver.errors import KdriverError
+from pytest_kdriver.kernel.text import kernel_lines
+
+MOST_LINES: Final = 100
+
+
+def sections(driver: Driver) -> list[tuple[str, str]]:
+    """Titles and texts, for a person: what was printed, the pool, and the kernel log."""
+    return [("DbgPrint", _printed(driver)), ("Pool", _pool(driver)), ("Kernel", _kernel(driver))]
+
+
+def _printed(driver: Driver) -> str:
+    try:
+        lines = driver.dbgprint.lines
+    except KdriverError as error:
+        return str(error)
+    if not lines:
+        return f"{driver.service} printed nothing"
+    left_out = [f"... {len(lines) - MOST_LINES} lines before"] if len(lines) > MOST_LINES else []
+    return "\n".join(left_out + lines[-MOST_LINES:])
+
+
+def _pool(driver: Driver) -> str:
+    try:
+        if driver.loaded:
+            return f"in use, while {driver.service} is loaded:\n{driver.pool.in_use}"
+        return driver.pool.problems(leaks=True) or f"{driver.service} left nothing behind"
+    except KdriverError as error:
+        return str(error)
+
+
+def _kernel(driver: Driver) -> str:
+    try:
+        lines = kernel_lines(driver.window, MOST_LINES)
+    except KdriverError as error:
+        return str(error)
+    return "\n".join(lines) or "nothing was seen"

@@ -1,0 +1,77 @@
+"""A run: its config, its targets, each started when first needed, and when they are put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pytest_kdriver.config import Config, Isolation, TargetConfig
+from pytest_kdriver.driver import TargetHandle
+from pytest_kdriver.errors import TargetError
+from pytest_kdriver.image.finder import ImageFinder
+from pytest_kdriver.targets.target import Target
+from pytest_kdriver.targets.wine import WineTarget
+
+
+class Session:
+    """The targets of a run, by name. ``artifacts`` is the folder for what failed tests leave."""
+
+    def __init__(self, config: Config, *, artifacts: Path | None = None) -> None:
+        self.config = config
+        self.artifacts = artifacts or config.artifacts
+        self.images = ImageFinder(config.root, config.manifest, profile=config.profile)
+        self._targets: dict[str, Target] = {}
+        self._failed: dict[str, TargetError] = {}
+        self._module: dict[str, str] = {}
+
+    def target(self, name: str) -> Target:
+        """The target called ``name``, which need not be started yet. Raises ``KdriverError``."""
+        if name not in self._targets:
+            self._targets[name] = make_target(self.config.target(name), artifacts=self.artifacts)
+        return self._targets[name]
+
+    def handle(self, name: str) -> TargetHandle:
+        """The same, as a test may use it."""
+        return TargetHandle(self.target(name), self.images, timeout=self.config.timeout)
+
+    def prepare(self, name: str, isolation: Isolation, module: str) -> None:
+        """Have the target ready for a test of ``module``, put back as ``isolation`` wants it.
+
+        A target that could not be started is not tried again: the same ``TargetError`` comes each time.
+        """
+        if name in self._failed:
+            raise self._failed[name]
+        target = self.target(name)
+        try:
+            target.start()
+            entered = self._module.get(name) != module
+            if isolation == "test" or (isolation == "module" and entered):
+                target.revert()
+            else:
+                target.repair()
+        except TargetError as error:
+            self._failed[name] = error
+            raise
+        self._module[name] = module
+
+    def close(self) -> None:
+        """Close all targets. Can be called again."""
+        while self._targets:
+            self.close_target(next(iter(self._targets)))
+
+    def close_target(self, name: str) -> None:
+        """Close one; if it is needed again, it is made anew."""
+        target = self._targets.pop(name, None)
+        self._module.pop(name, None)
+        if target is not None:
+            target.close()
+
+
+def default_isolation(target: Target) -> Isolation:
+    """What counts where nobody chose."""
+    return "module" if "snapshots" in target.capabilities else "none"
+
+
+def make_target(config: TargetConfig, *, artifacts: Path | None = None) -> Target:
+    """A target of the kind that ``config`` says. Raises ``TargetError``."""
+    assert config.kind == "wine", "the config lets no other kind through"
+    return WineTarget(config, artifacts=artifacts)
