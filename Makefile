@@ -22,6 +22,7 @@ demo: setup
 	@$(PYTEST) --kdriver-vm wine tests/drivers -v $(ARGS)
 
 test: setup
+	@scripts/rust test $(CARGO_MANIFESTS)
 	@$(PYTEST) --kdriver-vm wine -m "not soak" $(ARGS)
 
 soak: setup
