@@ -1,0 +1,477 @@
+"""What can be done in the guest."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar, cast
+
+from pytest_kdriver.errors import (
+    AgentError,
+    AgentProtocolError,
+    KdriverError,
+    LinkError,
+    NotImplementedByGuest,
+)
+from pytest_kdriver.guest import messages
+from pytest_kdriver.guest.frames import MAX_REPLY, PROTOCOL_VERSION, Decoder, Frame, Kind, encode
+from pytest_kdriver.guest.links.link import Link
+from pytest_kdriver.guest.messages import Completed, Process, Request, ServiceStatus
+from pytest_kdriver.guest.registry import RegistryValue, decode_value, encode_value
+from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
+from pytest_kdriver.ntstatus import NTSTATUS
+from pytest_kdriver.win32error import Win32Error
+
+__all__ = ["Agent", "AgentInfo", "Completed", "Process", "ServiceStatus"]
+
+DEFAULT_TIMEOUT = 30.0
+"""How long, in seconds, a call waits for its answer."""
+
+RUN_MARGIN = 10.0
+"""How much longer, in seconds, than a program's own time limit its answer may take."""
+
+ABORT_TIMEOUT = 5.0
+"""How long, in seconds, a ``put`` that failed waits for its remains to be removed."""
+
+OUTPUT_LIMIT = 16 << 20
+"""The most bytes that are kept of each output of a program."""
+
+PUT_CHUNK = 512 << 10
+"""How many bytes of a file go into one message."""
+
+PUT_WINDOW = 4
+"""How many such messages are on their way at a time."""
+
+R = TypeVar("R", bound=Message)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentInfo:
+    """What the agent says of itself and of the guest.
+
+    ``os_version`` is RtlGetVersion's: major, minor, build. ``wine_version`` is None on Windows.
+    """
+
+    protocol: int
+    version: str
+    architecture: str
+    os_version: tuple[int, int, int]
+    wine_version: str | None
+    elevated: bool
+    pid: int
+    operations: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pending:
+    request: Request[Message]
+    take: Callable[[bytes], None]
+    fail: Callable[[Exception], None]
+    parts: bytearray
+
+
+class Agent:
+    """The agent at the other end of a link. Made by ``connect``.
+
+    Every method may be called from any thread, and none holds up another. ``timeout`` is in seconds: after
+    it ``TimeoutError``, and an answer that comes late is dropped. An error that the guest answers is an
+    ``AgentError``. When the link ends, all that waits fails with ``LinkError`` at once, and so does every
+    later call.
+
+    Paths are the guest's, absolute. Registry keys are below HKEY_LOCAL_MACHINE. The callbacks of a
+    ``Future`` run on the thread that reads the link: they must not wait for another answer.
+    """
+
+    info: AgentInfo
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._lock = threading.Lock()
+        self._pending: dict[int, _Pending] = {}
+        self._last_request = 0
+        self._failure: Exception | None = None
+        self._reader = threading.Thread(target=self._read, name="kdriver-agent", daemon=True)
+        self._reader.start()
+
+    @classmethod
+    def connect(cls, link: Link, *, timeout: float) -> Agent:
+        """Greet the agent. The link is the agent's from now on, and is closed if this fails.
+
+        ``LinkError`` if the link ends, ``TimeoutError`` if no answer comes, ``AgentError`` if the answer
+        is an error, ``AgentProtocolError`` if it is none, or not of this version.
+        """
+        agent = cls(link)
+        try:
+            hello = agent._call(messages.Hello(protocol=PROTOCOL_VERSION), timeout)
+            if hello.protocol != PROTOCOL_VERSION:
+                raise AgentProtocolError(
+                    f"the agent speaks version {hello.protocol} of the protocol, "
+                    f"this package {PROTOCOL_VERSION}: put its own kdagent.exe into the guest"
+                )
+        except BaseException:
+            agent.close()
+            raise
+        agent.info = AgentInfo(
+            protocol=hello.protocol,
+            version=hello.version,
+            architecture=hello.architecture,
+            os_version=(hello.os_major, hello.os_minor, hello.os_build),
+            wine_version=hello.wine_version,
+            elevated=hello.elevated,
+            pid=hello.pid,
+            operations=frozenset(hello.operations),
+        )
+        return agent
+
+    @property
+    def closed(self) -> bool:
+        """Whether the link has ended."""
+        return self._failure is not None
+
+    def close(self) -> None:
+        """End the link, and with it the agent's process."""
+        self._link.close()
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # files
+
+    def put(self, source: bytes | Path, path: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Write a file: bytes, or the content of a file of the host's. Folders are made.
+
+        The file appears whole or not at all, in the place of one that was there.
+        """
+        deadline = time.monotonic() + timeout
+        hasher = hashlib.sha256()
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as stream:
+            upload = self._call(messages.PutBegin(path=path), timeout).upload
+            try:
+                self._send_content(stream, upload, hasher.update, deadline)
+                self._call(messages.PutEnd(upload=upload, sha256=hasher.digest()), _left(deadline))
+            except BaseException:
+                with suppress(KdriverError, TimeoutError):
+                    self._call(messages.PutAbort(upload=upload), ABORT_TIMEOUT)
+                raise
+
+    def _send_content(
+        self,
+        stream: io.BufferedIOBase,
+        upload: int,
+        hash_chunk: Callable[[bytes], None],
+        deadline: float,
+    ) -> None:
+        window: deque[_Answer[messages.Done]] = deque()
+        offset = 0
+        while chunk := stream.read(PUT_CHUNK):
+            hash_chunk(chunk)
+            if len(window) == PUT_WINDOW:
+                window.popleft().wait(_left(deadline))
+            request = messages.PutData(upload=upload, offset=offset, data=chunk)
+            window.append(self._submit(request, _same, _left(deadline)))
+            offset += len(chunk)
+        for answer in window:
+            answer.wait(_left(deadline))
+
+    def get(self, path: str, *, timeout: float = DEFAULT_TIMEOUT) -> bytes:
+        """A file's content."""
+        file = self._call(messages.Get(path=path), timeout)
+        if hashlib.sha256(file.data).digest() != file.sha256:
+            raise AgentError(f"{path!r} did not arrive as it was sent", operation="get")
+        return file.data
+
+    def delete(self, path: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Delete a file."""
+        self._call(messages.Delete(path=path), timeout)
+
+    def hash(self, path: str, *, timeout: float = DEFAULT_TIMEOUT) -> bytes | None:
+        """A file's SHA-256. None: no such file."""
+        return self._call(messages.Hash(path=path), timeout).sha256
+
+    # services and drivers
+
+    def create_service(
+        self, name: str, image_path: str, *, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """Register a kernel driver with the service control manager, to be started on demand."""
+        self._call(messages.CreateService(name=name, image_path=image_path), timeout)
+
+    def delete_service(self, name: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Remove a service's registration."""
+        self._call(messages.DeleteService(name=name), timeout)
+
+    def start_service(self, name: str, *, timeout: float = DEFAULT_TIMEOUT) -> Win32Error:
+        """Start a service by the service control manager; its code, an error's too, is the answer."""
+        return Win32Error(self._call(messages.StartService(name=name), timeout).code)
+
+    def stop_service(self, name: str, *, timeout: float = DEFAULT_TIMEOUT) -> Win32Error:
+        """Stop a service by the service control manager; its code, an error's too, is the answer."""
+        return Win32Error(self._call(messages.StopService(name=name), timeout).code)
+
+    def submit_start(self, name: str) -> Future[Win32Error]:
+        """``start_service``, unawaited."""
+        request = messages.StartService(name=name)
+        return self._submit(request, _to_win32_error, DEFAULT_TIMEOUT).future
+
+    def submit_stop(self, name: str) -> Future[Win32Error]:
+        """``stop_service``, unawaited."""
+        request = messages.StopService(name=name)
+        return self._submit(request, _to_win32_error, DEFAULT_TIMEOUT).future
+
+    def query_service(self, name: str, *, timeout: float = DEFAULT_TIMEOUT) -> ServiceStatus | None:
+        """What the service control manager knows of a service. None: no such service."""
+        return self._call(messages.QueryService(name=name), timeout).status
+
+    def load_driver(self, service: str, *, timeout: float = DEFAULT_TIMEOUT) -> NTSTATUS:
+        """NtLoadDriver of a service: DriverEntry's status, or the loader's.
+
+        ``NotImplementedByGuest`` on Wine; ``AgentError`` (ERROR_NOT_ALL_ASSIGNED) where the agent does not
+        hold SeLoadDriverPrivilege.
+        """
+        code = self._call(messages.LoadDriver(name=service), timeout).code
+        return _implemented("load_driver", NTSTATUS(code))
+
+    def unload_driver(self, service: str, *, timeout: float = DEFAULT_TIMEOUT) -> NTSTATUS:
+        """NtUnloadDriver of a service. Errors are those of ``load_driver``."""
+        code = self._call(messages.UnloadDriver(name=service), timeout).code
+        return _implemented("unload_driver", NTSTATUS(code))
+
+    # the registry
+
+    def set_value(
+        self, key: str, name: str, value: RegistryValue, *, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """Set a value; the key is made. ``registry.encode_value`` says what becomes of what."""
+        kind, data = encode_value(value)
+        self._call(messages.SetValue(key=key, name=name, kind=kind, data=data), timeout)
+
+    def get_value(
+        self, key: str, name: str, *, timeout: float = DEFAULT_TIMEOUT
+    ) -> int | str | bytes | list[str] | None:
+        """A value, as ``registry.decode_value`` reads it. None: no such key or value."""
+        value = self._call(messages.GetValue(key=key, name=name), timeout).value
+        return None if value is None else decode_value(value.kind, value.data)
+
+    def delete_value(self, key: str, name: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Delete a value."""
+        self._call(messages.DeleteValue(key=key, name=name), timeout)
+
+    def delete_key(self, key: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Delete a key and all below it."""
+        self._call(messages.DeleteKey(key=key), timeout)
+
+    # processes and the system
+
+    def processes(self, *, timeout: float = DEFAULT_TIMEOUT) -> list[Process]:
+        """The processes that run, in no order."""
+        return list(self._call(messages.Processes(), timeout).processes)
+
+    def terminate(self, pid: int, exit_code: int = 1, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """End a process."""
+        self._call(messages.Terminate(pid=pid, exit_code=exit_code), timeout)
+
+    def wait_process(self, pid: int) -> Future[int]:
+        """The exit code of a process, once it has ended. It fails if there is no such process."""
+        request = messages.WaitProcess(pid=pid)
+        return self._submit(request, lambda reply: reply.exit_code, DEFAULT_TIMEOUT).future
+
+    def system_information(
+        self, information_class: int, *, timeout: float = DEFAULT_TIMEOUT
+    ) -> bytes:
+        """NtQuerySystemInformation's answer, as it came. Its error is an ``AgentError``'s NTSTATUS."""
+        request = messages.SystemInformation(information_class=information_class)
+        return self._call(request, timeout).data
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        directory: str | None = None,
+        time_limit: float = 30.0,
+        timeout: float | None = None,
+    ) -> Completed:
+        """Run a program to its end, or for ``time_limit`` seconds: then it is ended, and told as such.
+
+        The command is quoted by the rules of CommandLineToArgvW. ``stdin`` must fit into one message (1
+        MiB); of each output 16 MiB are kept. What the program left running keeps running. Without a
+        ``timeout`` the answer may take ten seconds longer than the program.
+        """
+        if not 0 <= time_limit < 1 << 22:
+            raise ValueError(f"a time limit of {time_limit} s; it is 0 to 48 days")
+        request = messages.Run(
+            command_line=subprocess.list2cmdline(command),
+            directory=directory,
+            stdin=stdin,
+            time_limit=math.ceil(time_limit * 1000),
+            output_limit=OUTPUT_LIMIT,
+        )
+        return self._call(request, time_limit + RUN_MARGIN if timeout is None else timeout)
+
+    def fence(self, cookie: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Write ``cookie`` into the guest's debug output, behind all that was there before."""
+        self._call(messages.Fence(cookie=cookie), timeout)
+
+    # requests and answers
+
+    def _call(self, request: Request[R], timeout: float) -> R:
+        deadline = time.monotonic() + timeout
+        return self._submit(request, _same, timeout).wait(_left(deadline))
+
+    def _submit(self, request: Request[R], convert: Callable[[R], T], timeout: float) -> _Answer[T]:
+        """Send a request. ``timeout`` is for the sending alone."""
+        operation = messages.OPERATION_OF[type(request)]
+        body = to_bytes(request)
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+
+        def take(reply: bytes) -> None:
+            future.set_result(convert(cast("R", from_bytes(operation.reply, reply))))
+
+        pending = _Pending(request=request, take=take, fail=future.set_exception, parts=bytearray())
+        with self._lock:
+            if self._failure is not None:
+                raise LinkError(
+                    f"{operation.name}: the link to the agent has ended"
+                ) from self._failure
+            self._last_request = self._last_request % 0xFFFFFFFF + 1
+            number = self._last_request
+            self._pending[number] = pending
+        answer = _Answer(operation=operation.name, future=future, forget=lambda: self._drop(number))
+        frame = Frame(kind=Kind.REQUEST, operation=operation.number, request=number, body=body)
+        try:
+            self._link.send(encode(frame), timeout)
+        except BaseException:
+            answer.forget()
+            raise
+        return answer
+
+    def _drop(self, number: int) -> _Pending | None:
+        with self._lock:
+            return self._pending.pop(number, None)
+
+    def _read(self) -> None:
+        decoder = Decoder()
+        failure: Exception = LinkError("the link to the agent has ended")
+        try:
+            while data := self._link.receive():
+                frames = decoder.receive_data(data)
+                while frames:
+                    for frame in frames:
+                        self._take(frame)
+                    frames = decoder.receive_data(b"")
+        except AgentProtocolError as error:
+            failure = error
+        finally:
+            self._fail(failure)
+
+    def _take(self, frame: Frame) -> None:
+        if frame.request == 0 and frame.kind is Kind.ERROR:
+            raise AgentProtocolError(from_bytes(messages.Error, frame.body).message)
+        if frame.kind is Kind.REQUEST or not 0 < frame.request <= self._last_request:
+            raise AgentProtocolError(f"a {frame.kind.name} with the id {frame.request}")
+        if frame.kind is Kind.PART:
+            self._take_part(frame)
+            return
+        pending = self._drop(frame.request)
+        if pending is None:  # nobody waits for it any more
+            return
+        try:
+            if frame.kind is Kind.ERROR:
+                raise _to_exception(pending.request, from_bytes(messages.Error, frame.body))
+            pending.take(bytes(pending.parts) + frame.body)
+        except AgentError as error:
+            pending.fail(error)
+
+    def _take_part(self, frame: Frame) -> None:
+        pending = self._pending.get(frame.request)
+        if pending is None:
+            return
+        pending.parts.extend(frame.body)
+        if len(pending.parts) > MAX_REPLY:
+            self._drop(frame.request)
+            name = messages.OPERATION_OF[type(pending.request)].name
+            pending.fail(AgentError(f"the answer is above {MAX_REPLY} bytes", operation=name))
+
+    def _fail(self, failure: Exception) -> None:
+        with self._lock:
+            self._failure = failure
+            left = list(self._pending.values())
+            self._pending.clear()
+        for pending in left:
+            name = messages.OPERATION_OF[type(pending.request)].name
+            if isinstance(failure, AgentProtocolError):
+                pending.fail(failure)
+            else:
+                pending.fail(LinkError(f"{name}: the link to the agent ended before the answer"))
+        self._link.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer(Generic[T]):
+    """What becomes of a request."""
+
+    operation: str
+    future: Future[T]
+    forget: Callable[[], object]
+
+    def wait(self, timeout: float) -> T:
+        try:
+            return self.future.result(timeout)
+        except TimeoutError:
+            self.forget()
+            raise TimeoutError(f"{self.operation}: the agent did not answer in time") from None
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
+
+
+def _same(reply: R) -> R:
+    return reply
+
+
+def _to_win32_error(reply: messages.Code) -> Win32Error:
+    return Win32Error(reply.code)
+
+
+def _implemented(operation: str, status: NTSTATUS) -> NTSTATUS:
+    if status == NTSTATUS.STATUS_NOT_IMPLEMENTED:
+        raise NotImplementedByGuest(
+            "this guest does not have the call; start and stop by the service control manager",
+            operation=operation,
+            code=status,
+        )
+    return status
+
+
+def _to_exception(request: Request[Message], error: messages.Error) -> AgentError:
+    operation = messages.OPERATION_OF[type(request)].name
+    subject = "".join(f" ({getattr(request, field.name)!r})" for field in fields(request)[:1])  # type: ignore[arg-type]
+    if error.domain == 0:
+        return AgentError(error.message + subject, operation=operation)
+    code = NTSTATUS(error.code) if error.domain == 2 else Win32Error(error.code)
+    kind = NotImplementedByGuest if code == NTSTATUS.STATUS_NOT_IMPLEMENTED else AgentError
+    return kind(f"can't {error.message}{subject}", operation=operation, code=code)

@@ -1,0 +1,38 @@
+"""What an agent is reached by."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Link(Protocol):
+    """A duplex byte stream to an agent.
+
+    Bytes keep their order and their values; borders between calls mean nothing. All methods may be called
+    from any thread. ``send`` may have many callers at a time, ``receive`` has one.
+    """
+
+    def send(self, data: bytes, timeout: float) -> None:
+        """Write all of ``data``, with nothing of another call's within it.
+
+        Waits while the other side does not read (back-pressure). ``TimeoutError`` after ``timeout``
+        seconds in which not one byte of ``data`` could be written: nothing of it will be. If a part could,
+        the call returns, and the rest goes in front of what is sent next. ``LinkError`` if the stream is
+        gone or closed.
+        """
+        ...
+
+    def receive(self) -> bytes:
+        """Wait for bytes, and give what came.
+
+        ``b""`` is the end: the other side is gone, the stream broke, or ``close`` was called meanwhile or
+        before. It stays the end.
+        """
+        ...
+
+    def close(self) -> None:
+        """End the stream and free what it holds, within a bounded time.
+
+        A ``receive`` or ``send`` that waits returns at once. To close again does nothing.
+        """
+        ...

@@ -1,0 +1,83 @@
+//! A mutex and a condition variable, on Windows's slim ones.
+
+use core::cell::UnsafeCell;
+use core::ops::{Deref, DerefMut};
+
+use crate::sys;
+
+/// A value that one thread at a time sees.
+pub struct Mutex<T> {
+    lock: UnsafeCell<usize>,
+    value: UnsafeCell<T>,
+}
+
+// SAFETY: the lock lets one thread at a time at the value.
+unsafe impl<T: Send> Sync for Mutex<T> {}
+
+impl<T> Mutex<T> {
+    pub const fn new(value: T) -> Self {
+        Mutex {
+            lock: UnsafeCell::new(0),
+            value: UnsafeCell::new(value),
+        }
+    }
+
+    pub fn lock(&self) -> Guard<'_, T> {
+        // SAFETY: the lock was initialised to SRWLOCK_INIT, which is 0. A guard cannot be moved out of this
+        // borrow, so neither can the lock while it is held.
+        unsafe { sys::AcquireSRWLockExclusive(self.lock.get()) };
+        Guard { mutex: self }
+    }
+}
+
+/// The right to the value of a mutex.
+pub struct Guard<'a, T> {
+    mutex: &'a Mutex<T>,
+}
+
+impl<T> Deref for Guard<'_, T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        // SAFETY: this guard holds the lock.
+        unsafe { &*self.mutex.value.get() }
+    }
+}
+
+impl<T> DerefMut for Guard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        // SAFETY: this guard holds the lock, and is borrowed by one alone.
+        unsafe { &mut *self.mutex.value.get() }
+    }
+}
+
+impl<T> Drop for Guard<'_, T> {
+    fn drop(&mut self) {
+        // SAFETY: this guard holds the lock.
+        unsafe { sys::ReleaseSRWLockExclusive(self.mutex.lock.get()) };
+    }
+}
+
+/// Lets threads wait for a change of what a mutex holds.
+pub struct Condition(UnsafeCell<usize>);
+
+// SAFETY: Windows's condition variables are made to be shared.
+unsafe impl Sync for Condition {}
+
+impl Condition {
+    pub const fn new() -> Self {
+        Condition(UnsafeCell::new(0))
+    }
+
+    /// Waits for a `wake_one`, or for nothing at all: the caller looks again.
+    pub fn wait<T>(&self, guard: &mut Guard<'_, T>) {
+        // SAFETY: both were initialised, and the guard holds the lock, before and after.
+        unsafe {
+            sys::SleepConditionVariableSRW(self.0.get(), guard.mutex.lock.get(), sys::INFINITE, 0)
+        };
+    }
+
+    pub fn wake_one(&self) {
+        // SAFETY: it was initialised to CONDITION_VARIABLE_INIT, which is 0.
+        unsafe { sys::WakeConditionVariable(self.0.get()) };
+    }
+}
