@@ -143,7 +143,7 @@ class Driver:
 
     @property
     def window(self) -> Window:
-        """The part of the kernel log that is this test's: the driver's events, and those that nobody can attribute."""
+        """What was seen in this test: the driver's events, and those that nobody can attribute."""
         self._need("kernel-log")
         return self._window
 

@@ -27,7 +27,7 @@ from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.executable import agent_executable
 from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.image.pe import ImageLayout, read_layout
-from pytest_kdriver.kernel.bugcheck import find_crash, is_crash
+from pytest_kdriver.kernel.bugcheck import find_crash
 from pytest_kdriver.kernel.events import (
     DriverInit,
     DriverInitCalled,
@@ -100,7 +100,7 @@ class WineTarget:
         self._broken: str | None = None
         self._touched = False
         self._layouts: dict[str, ImageLayout] = {}
-        self._loaded: dict[int, str] = {}
+        self._watched: dict[int, _Watch] = {}
 
     @property
     def log(self) -> KernelLog:
@@ -229,16 +229,22 @@ class WineTarget:
     def unload(self, service: str, timeout: float) -> NTSTATUS | Win32Error:
         """See ``Target``."""
         position = len(self.log)
+        watch = self._unwatch(service)
         code = self._service_call(
             lambda: self.agent.submit_stop(service), service, DriverUnloadCalled, timeout
         )
-        called = self._last(DriverUnloadCalled, service, position)
         if self._last(DriverUnload, service, position) is not None:
-            self._forget(service)
-        elif called is None and code == Win32Error.ERROR_SUCCESS:
+            return code
+        called = self._last(DriverUnloadCalled, service, position)
+        if called is None and code == Win32Error.ERROR_SUCCESS:
             raise NoUnload
-        else:
-            self._await_death(service, position)
+        # A stop that failed, or did not come back: Wine 8 still says RUNNING of a driver whose process
+        # is dead, so its process is asked.
+        if watch is not None and find_crash(self.log.window(service, position), service) is None:
+            with suppress(TimeoutError, AgentError):
+                watch.future.result(DEATH_TIMEOUT)
+            if watch.future.done():
+                self.log.append([_death(service, watch.process, watch.future)])
         return code
 
     def _status(self, service: str, code: Win32Error, position: int) -> NTSTATUS:
@@ -284,7 +290,7 @@ class WineTarget:
             self.break_down("a service call hangs outside of the driver")
             return "the driver was not reached; the prefix will be made anew"
         self.break_down("a driver was cut short")
-        self._loaded.pop(begun.process, None)
+        self._watched.pop(begun.process, None)
         with suppress(AgentError, TimeoutError):
             self._guest_agent().terminate(begun.process, timeout=CUT_TIMEOUT)
             future.result(CUT_TIMEOUT)
@@ -309,41 +315,33 @@ class WineTarget:
             self.log.append([ImageLoaded(time.monotonic(), called.driver, base, layout.size)])
 
     def _watch(self, service: str, process: int) -> None:
-        """Have the log say so if ``process`` ends while the driver is loaded."""
-        self._loaded[process] = service
-        log, loaded = self.log, self._loaded
+        """Have the log say so if ``process`` ends by itself while the driver is loaded."""
+        log, watched = self.log, self._watched
+        future = self.agent.wait_process(process)
+        watched[process] = _Watch(service, process, future)
 
         def ended(future: Future[int]) -> None:
-            code = None if future.exception() else future.result()
-            if isinstance(future.exception(), LinkError):
-                return
-            if loaded.pop(process, None) == service:
-                log.append([ProcessDied(time.monotonic(), service, process, code)])
+            if watched.pop(process, None) is not None and not _link_lost(future):
+                log.append([_death(service, process, future)])
 
-        self.agent.wait_process(process).add_done_callback(ended)
+        future.add_done_callback(ended)
 
-    def _forget(self, service: str) -> None:
-        for process in [pid for pid, name in self._loaded.items() if name == service]:
-            self._loaded.pop(process, None)
+    def _unwatch(self, service: str) -> _Watch | None:
+        """From here on the end of the process is expected."""
+        process = next(
+            (w.process for w in list(self._watched.values()) if w.service == service), None
+        )
+        return None if process is None else self._watched.pop(process, None)
 
     def _note_death_in_init(self, called: DriverInitCalled, position: int) -> None:
         """See to it that the log says why DriverEntry did not return."""
         if find_crash(self.log.window(called.driver, position), called.driver) is not None:
             return
-        code: int | None = None
-        try:
-            code = self._guest_agent().wait_process(called.process).result(DEATH_TIMEOUT)
-        except TimeoutError:
-            return
-        except AgentError:
-            pass  # it is gone so long that its number is not known any more
-        self.log.append([ProcessDied(time.monotonic(), called.driver, called.process, code)])
-
-    def _await_death(self, service: str, position: int) -> None:
-        """A stop failed: if the process has died, wait until the log says so, which ``_watch`` does."""
-        if service in self._loaded.values():
-            window = self.log.window(service, position)
-            window.wait_for(lambda _, event: is_crash(event, service), DEATH_TIMEOUT)
+        future = self._guest_agent().wait_process(called.process)
+        with suppress(TimeoutError, AgentError):
+            future.result(DEATH_TIMEOUT)
+        if future.done():
+            self.log.append([_death(called.driver, called.process, future)])
 
     @contextmanager
     def _agent_errors(self, phase: str) -> Iterator[None]:
@@ -385,7 +383,7 @@ class WineTarget:
 
     def _end_guest(self) -> None:
         guest, self._guest = self._guest, None
-        self._loaded.clear()
+        self._watched.clear()
         if guest is not None:
             prefix.end(guest.path)
             guest.agent.close()
@@ -404,6 +402,25 @@ class _Guest:
     path: Path
     agent: Agent
     pump: MessagePump
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """A loaded driver's process, and the agent's answer to when it ends."""
+
+    service: str
+    process: int
+    future: Future[int]
+
+
+def _link_lost(future: Future[int]) -> bool:
+    return isinstance(future.exception(), LinkError)
+
+
+def _death(service: str, process: int, future: Future[int]) -> ProcessDied:
+    """What a finished wait says; a process that is gone so long that it is unknown has no exit code."""
+    code = future.result() if future.exception() is None else None
+    return ProcessDied(time.monotonic(), service, process, code)
 
 
 def _enlarge_send_buffer(connection: socket.socket) -> None:

@@ -75,12 +75,15 @@ _PRINT = b"warn:debugstr:vDbgPrintExWithPrefix "
 _PRINT_LEVELS = re.compile(rb"([0-9a-f]{8}):([0-9a-f]{8}): ")
 _POOL_CALL = re.compile(rb"Call ntoskrnl\.exe\.(Ex\w+)\(([0-9a-f,]*)\) ret=([0-9a-f]+)")
 _POOL_RETURN = re.compile(rb"Ret  ntoskrnl\.exe\.(Ex\w+)\(\) retval=([0-9a-f]+) ret=([0-9a-f]+)")
+_KEY_NAME = rb'L"(?:[^"\\]|\\.)*\\\\((?:[^"\\]|\\[^\\])*)"'
+"""A registry path; the group is its last part. Backslashes and quotes are escaped by a backslash."""
+
 _DRIVER_CALL = re.compile(
     rb"(Call|Ret ) driver (init|unload) ([0-9A-F]+) \(obj=[0-9A-F]+"
-    rb'(?:,str=L"(?:[^"\\]|\\.)*\\([^"]*)")?\)(?: retval=([0-9a-f]{8}))?'
+    rb"(?:,str=" + _KEY_NAME + rb")?\)(?: retval=([0-9a-f]{8}))?"
 )
 _LOAD_FAILED = re.compile(
-    rb'err:ntoskrnl:ZwLoadDriver failed to create driver L"(?:[^"\\]|\\.)*\\([^"]*)": ([0-9a-f]{8})'
+    rb"err:ntoskrnl:ZwLoadDriver failed to create driver " + _KEY_NAME + rb": ([0-9a-f]{8})"
 )
 _BUG_CHECK = re.compile(rb"err:ntoskrnl:KeBugCheckEx ([0-9a-f]+)((?: [0-9a-f]+)*)")
 _FENCE = re.compile(rb'warn:debugstr:OutputDebugStringA "([^"]*)"')
