@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SESSION = pytest.StashKey["Session"]()
 _MARK = pytest.StashKey["DriverMark | None"]()
 _DRIVER = pytest.StashKey["Driver"]()
+_VERDICT = pytest.StashKey["KdriverError"]()
 
 _HOW_TO_RUN = "no target was chosen: run with --kdriver-vm wine, or set vm in kdriver.toml"
 
@@ -191,8 +192,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
             error.add_note(f"besides: {second}")
         _cut_traceback(pyfuncitem.config, error)
         raise
-    with _plain_failures():
+    try:
         driver.finish()
+    except KdriverError as verdict:
+        pyfuncitem.stash[_VERDICT] = verdict
+        raise
     return result
 
 
@@ -202,6 +206,9 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Tell what was seen of the driver, where a test failed; then begin anew for its fixtures."""
     report = yield
+    verdict = item.stash.get(_VERDICT, None)
+    if report.failed and call.excinfo is not None and call.excinfo.value is verdict:
+        report.longrepr = call.excinfo.getrepr(style="value")  # no line of the test's did it
     driver = item.stash.get(_DRIVER, None)
     if driver is None:
         return report
@@ -303,8 +310,7 @@ def _plain_failures() -> Iterator[None]:
 
 def _fail(error: KdriverError) -> NoReturn:
     __tracebackhide__ = True
-    failure = pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False)
-    raise failure from error
+    raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None
 
 
 def _cut_traceback(config: pytest.Config, error: BaseException) -> None:
