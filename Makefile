@@ -19,6 +19,9 @@ ARGS :=
 .NOTPARALLEL:
 
 demo: setup
+	@echo "--- hello, a driver of drivers/, built, loaded and unloaded (the first time takes a minute):"
+	@$(BIN)/kdriver run --vm wine hello
+	@echo; echo "--- and all of them, tested:"
 	@$(PYTEST) --kdriver-vm wine tests/drivers -v $(ARGS)
 
 test: setup

@@ -10,7 +10,6 @@ The wheel is for any platform ("py3-none-any"): what is compiled in it runs in t
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,33 +32,12 @@ class KdriverBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def build_agent(root: Path) -> Path:
-    """Build vm/agent and return its kdagent.exe; what cargo says goes to stderr.
-
-    ``$CARGO_TARGET_DIR`` counts, as it does for cargo.
-    """
+    """Build vm/agent and return its kdagent.exe. ``$CARGO_TARGET_DIR`` counts, as it does for cargo."""
     sys.path.insert(0, str(root))
     try:
-        from pytest_kdriver.toolchain import TARGET, find_toolchain
+        from pytest_kdriver.guest.executable import build_agent as build
+        from pytest_kdriver.toolchain import find_toolchain
     finally:
         sys.path.remove(str(root))
-    toolchain = find_toolchain()
-    target_directory = Path(os.environ.get("CARGO_TARGET_DIR", root / "vm/agent/target")).absolute()
-    subprocess.run(
-        [
-            toolchain.cargo,
-            "rustc",
-            *toolchain.build_arguments,
-            f"--manifest-path={root / 'vm/agent/Cargo.toml'}",
-            f"--target-dir={target_directory}",
-            f"--target={TARGET}",
-            "--package=kdagent",
-            "--bin=kdagent",
-            "--release",
-            "--locked",
-        ],
-        env=toolchain.full_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=sys.stderr,
-        check=True,
-    )
-    return target_directory / TARGET / "release" / "kdagent.exe"
+    target_directory = Path(os.environ.get("CARGO_TARGET_DIR", root / "vm/agent/target"))
+    return build(find_toolchain(), target_directory.absolute())
