@@ -120,8 +120,10 @@ class Agent:
                     f"the agent speaks version {hello.protocol} of the protocol, "
                     f"this package {PROTOCOL_VERSION}: put its own kdagent.exe into the guest"
                 )
-        except BaseException:
+        except BaseException as error:
             agent.close()
+            if isinstance(error, LinkError) and isinstance(agent._failure, AgentProtocolError):
+                raise agent._failure from None  # what is there spoke first, and is no agent
             raise
         agent.info = AgentInfo(
             protocol=hello.protocol,

@@ -13,7 +13,7 @@ from pathlib import Path
 from pytest_kdriver.errors import LinkError
 
 CLOSE_TIMEOUT = 5.0
-"""How long, in seconds, the child may take to end after its input did, before it is killed."""
+"""How long, in seconds, a child may take to end after its input did, before it is killed."""
 
 _CHUNK = 1 << 16
 
@@ -36,6 +36,7 @@ class ProcessLink:
         env: Mapping[str, str] | None = None,
         stderr: int | None = None,
         cwd: str | Path | None = None,
+        close_timeout: float = CLOSE_TIMEOUT,
     ) -> None:
         try:
             self._process = subprocess.Popen(
@@ -58,6 +59,7 @@ class ProcessLink:
         os.set_blocking(self._output.fileno(), False)
         self._exited = os.pidfd_open(self._process.pid)
         self._wake = os.eventfd(0)
+        self._close_timeout = close_timeout
         self._closed = False
         self._ended = False
         self._unsent = b""
@@ -92,7 +94,7 @@ class ProcessLink:
     def _write(self, data: bytes, deadline: float) -> bytes:
         """Write until all is written or the time is up, and give the rest."""
         rest = memoryview(data)
-        while rest and not self._closed:
+        while rest and not (self._closed or self._ended):
             ready = self._wait(self._input.fileno(), select.POLLOUT, deadline)
             if not ready:
                 return bytes(rest)
@@ -146,6 +148,6 @@ class ProcessLink:
                 os.close(self._wake)
 
     def _reap(self) -> None:
-        if not select.select([self._exited], [], [], CLOSE_TIMEOUT)[0]:
+        if not select.select([self._exited], [], [], self._close_timeout)[0]:
             self._process.kill()
         self._process.wait()
