@@ -34,6 +34,15 @@ ISOLATIONS: Final[tuple[Isolation, ...]] = get_args(Isolation)
 DEFAULT_TIMEOUT: Final = 30.0
 FILE_NAME: Final = "kdriver.toml"
 
+CAPABILITIES: Final[Mapping[str, str]] = {
+    "kernel-log": "what the kernel and its drivers print is seen",
+    "pool": "each driver's pool allocations and frees are seen",
+    "crashes": "a driver's crash is seen, with its code and address",
+    "snapshots": "it can be put back into the state that it had before",
+    "programs": "programs can be run in the guest",
+}
+"""Each capability that there is, and what a target that has it can do."""
+
 _KEYS = ("vm", "isolation", "manifest", "profile", "timeout", "artifacts", "targets")
 _TARGET_KEYS = {"wine": ("kind", "wine", "without")}
 """The kinds of target, and what each may be told."""
@@ -149,7 +158,7 @@ def _targets(table: object, where: str) -> dict[str, TargetConfig]:
             name=name,
             kind=kind,
             wine=_string(settings, "wine", inside),
-            without=frozenset(_names(settings.get("without", ()), "without", inside)),
+            without=frozenset(_capabilities(settings.get("without", ()), inside)),
         )
     return targets
 
@@ -173,6 +182,14 @@ def _names(value: object, key: str, where: str) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{where}: {key} is {value!r}; allowed: a string, or a list of strings")
     return tuple(names)
+
+
+def _capabilities(value: object, where: str) -> tuple[str, ...]:
+    names = _names(value, "without", where)
+    for name in names:
+        if name not in CAPABILITIES:
+            raise ConfigError(f"{where}: without is {name!r}; allowed: {', '.join(CAPABILITIES)}")
+    return names
 
 
 def _string(table: Mapping[str, object], key: str, where: str) -> str | None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, Final, get_args
 
-from pytest_kdriver.config import ISOLATIONS, Isolation
+from pytest_kdriver.config import CAPABILITIES, ISOLATIONS, Isolation
 from pytest_kdriver.driver import Leaks, check_service_name
 from pytest_kdriver.errors import ConfigError
 from pytest_kdriver.image.finder import is_path
-from pytest_kdriver.targets.target import CAPABILITIES, ParameterValue
+from pytest_kdriver.targets.target import ParameterValue
 
 KEYWORDS: Final = ("name", "parameters", "service", "leaks", "tags", "requires", "timeout")
 

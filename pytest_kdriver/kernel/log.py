@@ -7,14 +7,17 @@ is no different from reading new ones.
 
 from __future__ import annotations
 
+import errno
 import operator
+import os
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Final, TypeVar, get_args
+from typing import Final, TypeVar, get_args
 
 from pytest_kdriver.kernel.events import DebugPrint, Event, KernelMessage
 
@@ -44,13 +47,15 @@ class _Segment:
 class KernelLog:
     """An append-only, thread-safe, bounded log of events. A position in it is a number of events.
 
-    ``spill`` is the file for old events; it is made when first needed and stays after ``close``.
-    Without it, or where the disk is full, everything stays in memory.
+    ``spill`` is the file for old events, made when first needed. It is held open for as long as the log
+    lives, so that it can be read even when it was removed. Without it, or where the disk is full,
+    everything stays in memory.
     """
 
     def __init__(self, spill: Path | None = None) -> None:
         self._spill = spill
-        self._file: IO[bytes] | None = None
+        self._file: int | None = None
+        self._file_size = 0
         self._segments: list[_Segment] = [_Segment(0, [])]
         self._bytes = 0
         self._length = 0
@@ -86,15 +91,6 @@ class KernelLog:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-
-    def discard(self) -> None:
-        """Close, and give the spill file back to the system; older events can't be read any more."""
-        self.close()
-        with self._changed:
-            self._segments = [_Segment(self._length, [])]
-            if self._file is not None:
-                self._file.close()
-                self._file = None
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Event]:
         """The events from position ``start`` up to ``stop``, or up to the end as it is now."""
@@ -139,15 +135,18 @@ class KernelLog:
         try:
             if self._file is None:
                 self._spill.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._spill.open("w+b")
-            offset = self._file.seek(0, 2)
-            self._file.write(data)
-            self._file.flush()
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                self._file = os.open(self._spill, flags, 0o600)
+                weakref.finalize(self, os.close, self._file)
+            written = os.pwrite(self._file, data, self._file_size)
+            if written < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._stop_spilling(error)
             return
-        segment.offset, segment.length = offset, len(data)
+        segment.offset, segment.length = self._file_size, len(data)
         segment.events = None
+        self._file_size += len(data)
 
     def _stop_spilling(self, error: OSError) -> None:
         path, self._spill = self._spill, None
@@ -158,11 +157,8 @@ class KernelLog:
         self._length += 1
 
     def _load(self, segment: _Segment) -> list[Event]:
-        with self._changed:
-            if self._file is None:
-                return []
-            self._file.seek(segment.offset)
-            data = self._file.read(segment.length)
+        assert self._file is not None
+        data = os.pread(self._file, segment.length, segment.offset)
         return [_KINDS[kind](*values) for kind, values in pickle.loads(data)]  # noqa: S301 -- ours
 
 

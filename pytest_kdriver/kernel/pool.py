@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 from pytest_kdriver.kernel.events import (
@@ -17,11 +17,14 @@ from pytest_kdriver.kernel.log import Window
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A place in the guest's code: ``offset`` bytes into ``image``, or an address that lies in none."""
+    """A place in the guest's code: ``offset`` bytes into ``image``, or from 0 where ``image`` is None.
 
-    address: int
-    image: str | None = None
-    offset: int = 0
+    ``address`` is where that was; the same place of another load is an equal frame.
+    """
+
+    address: int = field(compare=False)
+    image: str | None
+    offset: int
 
     def __str__(self) -> str:
         return f"{self.image}+0x{self.offset:X}" if self.image else f"0x{self.address:X}"
@@ -265,7 +268,7 @@ class _Images:
         for image in self._loaded:
             if image.base <= address < image.base + image.size:
                 return Caller((Frame(address, image.driver, address - image.base),))
-        return Caller((Frame(address),))
+        return Caller((Frame(address, None, address),))
 
     def wrong_free(self, event: PoolFreed, allocated_tag: bytes | None) -> WrongFree:
         return WrongFree(

@@ -5,21 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Protocol
 
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.win32error import Win32Error
-
-CAPABILITIES: Final[Mapping[str, str]] = {
-    "kernel-log": "what the kernel and its drivers print is seen",
-    "pool": "each driver's pool allocations and frees are seen",
-    "crashes": "a driver's crash is seen, with its code and address",
-    "snapshots": "it can be put back into the state that it had before",
-    "programs": "programs can be run in the guest",
-}
-"""Each capability that there is, and what a target that has it can do."""
 
 ParameterValue = int | str | bytes | Sequence[str]
 """A value of a service's Parameters key: REG_DWORD or REG_QWORD, REG_SZ, REG_BINARY, REG_MULTI_SZ."""

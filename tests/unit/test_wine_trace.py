@@ -52,7 +52,9 @@ def printed(text: bytes, header: bytes = HEADER) -> bytes:
     return header + b"warn:debugstr:vDbgPrintExWithPrefix 00000000:00000001: " + text
 
 
-def events_of(*messages: bytes, sender: int = SENDER, source: WineTrace | None = None) -> list[Event]:
+def events_of(
+    *messages: bytes, sender: int = SENDER, source: WineTrace | None = None
+) -> list[Event]:
     stream = b"".join(frame(message, sender) for message in messages)
     return (source or WineTrace()).receive_data(stream, 1.5)
 
@@ -79,14 +81,17 @@ def test_driver_entry_s_status_is_exact() -> None:
 
 
 def test_a_failed_load_names_the_driver_and_the_status() -> None:
-    message = HEADER + b'err:ntoskrnl:ZwLoadDriver failed to create driver L"%sfail": c0000182\n' % KEY
+    message = (
+        HEADER + b'err:ntoskrnl:ZwLoadDriver failed to create driver L"%sfail": c0000182\n' % KEY
+    )
     assert events_of(message) == [DriverLoadFailed(1.5, "fail", NTSTATUS(0xC0000182))]
 
 
 def test_pool_calls_have_size_type_tag_and_caller() -> None:
     events = events_of(
         called(),
-        HEADER + b"Call ntoskrnl.exe.ExAllocatePoolWithTag(00000200,0000000f,74737572) ret=18000102a\n",
+        HEADER
+        + b"Call ntoskrnl.exe.ExAllocatePoolWithTag(00000200,0000000f,74737572) ret=18000102a\n",
         HEADER + b"Ret  ntoskrnl.exe.ExAllocatePoolWithTag() retval=014a0370 ret=18000102a\n",
         HEADER + b"Call ntoskrnl.exe.ExFreePoolWithTag(014a0370,74737572) ret=18000103b\n",
         HEADER + b"Ret  ntoskrnl.exe.ExFreePoolWithTag() retval=00000001 ret=18000103b\n",
@@ -114,7 +119,8 @@ def test_pool_2_has_flags_for_a_type() -> None:
 def test_an_allocation_that_failed_is_none() -> None:
     events = events_of(
         called(),
-        HEADER + b"Call ntoskrnl.exe.ExAllocatePoolWithTag(00000200,0000000f,74737572) ret=18000102a\n",
+        HEADER
+        + b"Call ntoskrnl.exe.ExAllocatePoolWithTag(00000200,0000000f,74737572) ret=18000102a\n",
         HEADER + b"Ret  ntoskrnl.exe.ExAllocatePoolWithTag() retval=00000000 ret=18000102a\n",
     )
     assert len(events) == 1
