@@ -1,0 +1,88 @@
+"""Run folders: what dead runs left is removed, what living ones have is not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_kdriver.targets.runs import Run, collect_garbage, runs_directory
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+DIES = """
+import sys
+from pathlib import Path
+from pytest_kdriver.targets.runs import Run
+run = Run()
+for name in sys.argv[1:]:
+    run.record("thing", Path(name))
+print(run.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def dead_run(*things: Path) -> Path:
+    """The folder of a run whose owner was killed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", DIES, *map(str, things)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        path = Path(process.stdout.readline().strip())
+        process.send_signal(signal.SIGKILL)
+    return path
+
+
+def test_a_run_that_is_closed_leaves_nothing() -> None:
+    run = Run()
+    assert run.path.is_dir()
+    run.close()
+    run.close()
+    assert list(runs_directory().iterdir()) == []
+
+
+def test_a_dead_run_s_things_are_removed_the_last_made_first(tmp_path: Path) -> None:
+    folder = dead_run(tmp_path / "one", tmp_path / "two")
+    removed: list[Path] = []
+    assert collect_garbage({"thing": removed.append}) == [folder]
+    assert removed == [tmp_path / "two", tmp_path / "one"]
+    assert not folder.exists()
+    assert collect_garbage({"thing": removed.append}) == []
+
+
+def test_a_living_run_is_left_alone(tmp_path: Path) -> None:
+    run = Run()
+    run.record("thing", tmp_path)
+    assert collect_garbage({"thing": lambda _: pytest.fail("it lives")}) == []
+    assert run.path.is_dir()
+    run.close()
+
+
+def test_an_owner_that_died_while_it_wrote_does_no_harm(tmp_path: Path) -> None:
+    folder = dead_run(tmp_path / "one")
+    with (folder / "resources").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "thi')
+    removed: list[Path] = []
+    assert collect_garbage({"thing": removed.append}) == [folder]
+    assert removed == [tmp_path / "one"]
+
+
+def test_an_owner_that_died_before_it_wrote_leaves_a_folder_that_goes_too() -> None:
+    hidden = runs_directory() / ".999999999-abc"
+    hidden.mkdir(parents=True)
+    assert collect_garbage({}) == [hidden]
+
+
+def test_the_first_run_of_all_finds_nothing() -> None:
+    assert collect_garbage({}) == []
