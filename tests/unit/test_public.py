@@ -9,12 +9,38 @@ import pytest
 
 import pytest_kdriver
 
-NAMES = """
-    NTSTATUS AgentError AgentProtocolError BuildError Caller CapabilityError ConfigError CycleResult Driver
-    DriverCrashed DriverError DriverTimeout Frame ImageError KdriverError KernelLogError LinkError NoSuchLine
-    NotImplementedByGuest PoolError PoolUse PoolUses ServiceState StartFailed StopFailed TargetError
-    TargetHandle UnloadRefused Win32Error WrongFree
-""".split()
+NAMES = [
+    "NTSTATUS",
+    "AgentError",
+    "AgentProtocolError",
+    "BuildError",
+    "Caller",
+    "CapabilityError",
+    "ConfigError",
+    "CycleResult",
+    "Driver",
+    "DriverCrashed",
+    "DriverError",
+    "DriverTimeout",
+    "Frame",
+    "ImageError",
+    "KdriverError",
+    "KernelLogError",
+    "LinkError",
+    "NoSuchLine",
+    "NotImplementedByGuest",
+    "PoolError",
+    "PoolUse",
+    "PoolUses",
+    "ServiceState",
+    "StartFailed",
+    "StopFailed",
+    "TargetError",
+    "TargetHandle",
+    "UnloadRefused",
+    "Win32Error",
+    "WrongFree",
+]
 
 
 def test_the_public_names_are_these() -> None:

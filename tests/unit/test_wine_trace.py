@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -28,7 +29,7 @@ from pytest_kdriver.kernel.events import (
 from pytest_kdriver.kernel.sources.wine import FRAME_HEADER, MAX_MESSAGE, WineTrace, frame
 from pytest_kdriver.ntstatus import NTSTATUS
 
-KEY = r"\\Registry\\Machine\\System\\CurrentControlSet\\Services\\".encode()
+KEY = rb"\\Registry\\Machine\\System\\CurrentControlSet\\Services\\"
 HEADER = b"1933.239:010c:0118:"
 SENDER = 4711
 
@@ -313,7 +314,7 @@ def test_reads_may_be_cut_anywhere(cuts: list[int]) -> None:
     stream = b"".join(frame(message, SENDER) for message in MESSAGES)
     source, events = WineTrace(), []
     borders = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    for begin, end in zip(borders, borders[1:], strict=False):
+    for begin, end in itertools.pairwise(borders):
         events += source.receive_data(stream[begin:end], 1.5)
     assert events == events_of(*MESSAGES)
 
