@@ -129,14 +129,15 @@ _LIKE_PREBUILT = tuple(
 
 
 def _system_rust() -> tuple[str, str] | None:
-    """Paths of cargo and rustc: Ubuntu's newest versioned pair (``cargo-1.85``), else the plain one."""
+    """Paths of cargo and rustc: Ubuntu's newest of several side by side, else the plain ones."""
+    # Not those in /usr/bin: some of Ubuntu's cargo-1.NN there call the plain cargo (LP: #2100266).
     versioned = sorted(
-        SYSTEM_PROGRAMS.glob("cargo-1.*"),
-        key=lambda cargo: _number(cargo, "cargo-1."),
+        Path("/usr/lib").glob("rust-1.*"),
+        key=lambda folder: _number(folder, "rust-1."),
         reverse=True,
     )
-    for cargo in (*versioned, SYSTEM_PROGRAMS / "cargo"):
-        rustc = cargo.with_name(cargo.name.replace("cargo", "rustc"))
+    for programs in (*(folder / "bin" for folder in versioned), SYSTEM_PROGRAMS):
+        cargo, rustc = programs / "cargo", programs / "rustc"
         if os.access(cargo, os.X_OK) and os.access(rustc, os.X_OK):
             return str(cargo), str(rustc)
     return None
