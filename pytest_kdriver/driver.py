@@ -198,7 +198,10 @@ class Driver:
         """
         if self._finished and self._state is not _State.LOADED:
             return  # the verdict has stopped it already; a fixture's own stop is no mistake
+        was_loaded = self._state is _State.LOADED
         self._enter()
+        if was_loaded and self._state is _State.LOST:
+            return  # it went with its guest, which another driver brought down
         if self._state is not _State.LOADED:
             raise StopFailed("it is not running", **self._told())
         limit = self._timeout if timeout is None else timeout
@@ -299,7 +302,12 @@ class Driver:
         if self._installed_in == self._target.generation:
             self._installed_in = None
             if self._state is not _State.LOST:
-                self._target.uninstall(self.service, self._timeout)
+                try:
+                    self._target.uninstall(self.service, self._timeout)
+                except TimeoutError as error:
+                    raise self._slow(
+                        "uninstall", "unregistering it", self._timeout, error
+                    ) from error
 
     # how
 
@@ -316,13 +324,7 @@ class Driver:
         except CallTimeout as late:
             raise self._late("start", "DriverEntry", limit, late) from None
         except TimeoutError as error:
-            self._lose(f"installing {self.service} took too long")
-            raise DriverTimeout(
-                f"copying it in and registering it was not over after {limit:g} s ({error})",
-                phase="install",
-                timeout=limit,
-                **self._told(),
-            ) from error
+            raise self._slow("install", "copying it in and registering it", limit, error) from error
         self.last_status = outcome.status
         if (
             outcome.status != NTSTATUS.STATUS_IMAGE_ALREADY_LOADED
@@ -377,6 +379,15 @@ class Driver:
         self._lose(f"{self.service} did not return from {routine}")
         return DriverTimeout(
             f"{routine} did not return within {limit:g} s; {late.cut}",
+            phase=phase,
+            timeout=limit,
+            **self._told(),
+        )
+
+    def _slow(self, phase: str, doing: str, limit: float, error: TimeoutError) -> DriverTimeout:
+        self._lose(f"{doing} took too long")
+        return DriverTimeout(
+            f"{doing} was not over after {limit:g} s ({error})",
             phase=phase,
             timeout=limit,
             **self._told(),

@@ -79,9 +79,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
         return None
     session = _session(config)
     with _usage_errors():
-        targets = [
-            f"{name} ({session.target(name).describe()})" for name in dict.fromkeys(_chosen(config))
-        ]
+        names = list(dict.fromkeys(_chosen(config)))
+    targets = [f"{name} ({session.describe(name)})" for name in names]
     return (
         f"kdriver: {', '.join(targets)}; isolation {config.option.kdriver_isolation or 'default'}"
     )

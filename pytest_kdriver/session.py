@@ -29,6 +29,13 @@ class Session:
             self._targets[name] = make_target(self.config.target(name), artifacts=self.artifacts)
         return self._targets[name]
 
+    def describe(self, name: str) -> str:
+        """What the target is, or why it can't be had, in one line."""
+        try:
+            return self.target(name).describe()
+        except TargetError as error:
+            return str(error)
+
     def handle(self, name: str) -> TargetHandle:
         """The same, as a test may use it."""
         return TargetHandle(self.target(name), self.images, timeout=self.config.timeout)

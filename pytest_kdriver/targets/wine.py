@@ -80,7 +80,12 @@ def _remove_prefix(path: Path) -> None:
         prefix.remove(path)
 
 
-REMOVERS: Final[dict[str, Remover]] = {prefix.RESOURCE: _remove_prefix}
+def _remove_file(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+SPILL: Final = "spilled-kernel-log"
+REMOVERS: Final[dict[str, Remover]] = {prefix.RESOURCE: _remove_prefix, SPILL: _remove_file}
 
 
 class WineTarget:
@@ -94,6 +99,7 @@ class WineTarget:
         self.generation = 0
         self._wine = prefix.find_wine(config.wine)
         self._run: Run | None = None
+        self._spill = Path()
         self._artifacts = artifacts
         self._log: KernelLog | None = None
         self._guest: _Guest | None = None
@@ -117,6 +123,13 @@ class WineTarget:
         self._touched = True
         return self._guest.agent
 
+    @property
+    def prefix(self) -> Path:
+        """The prefix of this generation. Raises ``TargetError`` where it is not running."""
+        if self._guest is None:
+            raise TargetError("it is not running", target=self.name)
+        return self._guest.path
+
     def describe(self) -> str:
         """See ``Target``."""
         return f"Wine {self._wine.version}"
@@ -128,8 +141,9 @@ class WineTarget:
         if self._run is None:
             collect_garbage(REMOVERS)
             self._run = Run()
-            folder = self._artifacts or self._run.path
-            self._log = KernelLog(folder / f"kernel-log-{self.name}.events")
+            self._spill = (self._artifacts or self._run.path) / f"{self._run.path.name}.events"
+            self._run.record(SPILL, self._spill)
+            self._log = KernelLog(self._spill)
         try:
             self._guest = self._new_guest(self._run)
         except (OSError, AgentError, LinkError, TimeoutError) as error:
@@ -144,6 +158,7 @@ class WineTarget:
         if self._log is not None:
             self._log.close()
         if self._run is not None:
+            _remove_file(self._spill)
             self._run.close()
             self._run = None
 
@@ -171,12 +186,15 @@ class WineTarget:
         cookie = uuid.uuid4().hex
         if self._guest is None:
             raise TargetError("it is not running", target=self.name)
-        with self._agent_errors("fence"):
-            self._guest.agent.fence(cookie, timeout=FENCE_TIMEOUT)
-        window = self.log.window(None, position)
-        seen = window.wait_for(
-            lambda _, event: isinstance(event, Fence) and event.cookie == cookie, FENCE_TIMEOUT
-        )
+        try:
+            with self._agent_errors("fence"):
+                self._guest.agent.fence(cookie, timeout=FENCE_TIMEOUT)
+        except TimeoutError:
+            seen = None
+        else:
+            seen = self.log.window(None, position).wait_for(
+                lambda _, event: isinstance(event, Fence) and event.cookie == cookie, FENCE_TIMEOUT
+            )
         if seen is None:
             self.break_down("its kernel log does not flow")
             raise TargetError(
