@@ -75,7 +75,7 @@ class CycleResult:
 class _State(Enum):
     UNLOADED = "unloaded"
     LOADED = "loaded"
-    LOST = "lost"  # crashed, cut short, or not to be unloaded: what it holds can't be judged
+    LOST = "lost"
 
 
 _NEVER: Final = 1 << 62
@@ -163,6 +163,11 @@ class Driver:
     def loaded(self) -> bool:
         """Whether the driver is in the guest's kernel, as far as its calls have told."""
         return self._state is _State.LOADED
+
+    @property
+    def lost(self) -> bool:
+        """Whether it crashed, was cut short, or can't be unloaded: what it holds can't be judged."""
+        return self._state is _State.LOST
 
     @property
     def service_state(self) -> ServiceState | None:

@@ -51,9 +51,8 @@ class PoolUse:
     caller: Caller
 
     def __str__(self) -> str:
-        blocks = "block " if self.count == 1 else "blocks"
         return (
-            f"{self.count:6} {blocks}  {self.size:10} bytes  tag {self.tag!r}  "
+            f"{_blocks(self.count, width=6):13}  {self.size:10} bytes  tag {self.tag!r}  "
             f"{self.pool_type}  from {self.caller}"
         )
 
@@ -191,7 +190,7 @@ class Pool:
         parts = []
         if balance.left and leaks:
             left = balance.left
-            parts.append(f"{left.total_count} blocks, {left.total_size} bytes leaked:\n{left}")
+            parts.append(f"{_blocks(left.total_count)}, {left.total_size} bytes leaked:\n{left}")
         if balance.double_frees:
             parts.append("freed twice:\n" + "\n".join(map(str, balance.double_frees)))
         if balance.wrong_tags:
@@ -277,6 +276,10 @@ class _Images:
             _tag(allocated_tag) if allocated_tag is not None else None,
             self.caller(event.caller),
         )
+
+
+def _blocks(count: int, width: int = 0) -> str:
+    return f"{count:{width}} block{'' if count == 1 else 's'}"
 
 
 def _tag(tag: bytes) -> str:

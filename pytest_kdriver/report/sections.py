@@ -31,6 +31,8 @@ def _pool(driver: Driver) -> str:
     try:
         if driver.loaded:
             return f"in use, while {driver.service} is loaded:\n{driver.pool.in_use}"
+        if driver.lost:
+            return f"in use when {driver.service} was lost:\n{driver.pool.in_use}"
         return driver.pool.problems(leaks=True) or f"{driver.service} left nothing behind"
     except KdriverError as error:
         return str(error)

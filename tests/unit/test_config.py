@@ -47,7 +47,7 @@ def test_all_that_can_be_set(tmp_path: Path) -> None:
     assert (config.profile, config.timeout) == ("release", 2.0)
     assert config.artifacts == tmp_path / "out"
     old = config.target("old")
-    assert (old.kind, old.wine, old.without) == ("wine", "/opt/wine", {"pool"})
+    assert (old.kind, old.wine, old.without) == ("wine", "/opt/wine", frozenset({"pool"}))
 
 
 def test_pyproject_has_a_table_for_it(tmp_path: Path) -> None:
