@@ -1,0 +1,77 @@
+"""The floor of a start and stop: a program in the guest that does nothing else, in a loop."""
+
+from __future__ import annotations
+
+import functools
+import struct
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pytest_kdriver.kernel.sources.wine import DEBUG_CHANNELS
+from pytest_kdriver.targets.prefix import Wine
+from pytest_kdriver.toolchain import TARGET, find_toolchain
+
+SOURCE = Path(__file__).with_name("floor")
+_ANSWER = struct.Struct("<I")
+_FAILED = 0xFFFFFFFF
+
+
+@functools.cache
+def floor_executable() -> Path:
+    """``floor.exe``, built by cargo. It needs no crate."""
+    toolchain = find_toolchain()
+    subprocess.run(
+        [
+            toolchain.cargo,
+            "build",
+            "--quiet",
+            "--release",
+            "--locked",
+            f"--manifest-path={SOURCE / 'Cargo.toml'}",
+            f"--target-dir={SOURCE / 'target'}",
+            f"--target={TARGET}",
+            *toolchain.build_arguments,
+        ],
+        env=toolchain.full_environment(),
+        stdin=subprocess.DEVNULL,
+        check=True,
+    )
+    return SOURCE / "target" / TARGET / "release" / "floor.exe"
+
+
+class FloorProgram:
+    """The program as it runs, in a prefix where ``service`` is installed."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def cycle(self) -> float:
+        """One start and stop; the seconds that they took, by the guest's own clock."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(b".")
+        answer = self._process.stdout.read(_ANSWER.size)
+        microseconds: int = _ANSWER.unpack(answer)[0]
+        if microseconds == _FAILED:
+            raise RuntimeError("the floor program's start or stop failed")
+        return microseconds / 1e6
+
+
+@contextmanager
+def floor_program(wine: Wine, prefix: Path, service: str) -> Iterator[FloorProgram]:
+    """Start the program beside what already runs in ``prefix``, traced as that is."""
+    process = subprocess.Popen(
+        [wine.loader, str(floor_executable()), service],
+        bufsize=0,
+        env=wine.environment(prefix, DEBUG_CHANNELS),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # the drivers' trace goes where that of the prefix goes
+        start_new_session=True,
+    )
+    with process:
+        yield FloorProgram(process)
+        assert process.stdin is not None
+        process.stdin.close()
