@@ -137,7 +137,10 @@ def _parse(table: Mapping[str, object], path: Path, root: Path) -> Config:
         targets=targets,
     )
     for name in config.vm:
-        config.target(name)
+        try:
+            config.target(name)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: vm: {error}") from None
     return config
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final, get_args
 from pytest_kdriver.config import CAPABILITIES, ISOLATIONS, Isolation
 from pytest_kdriver.driver import Leaks, check_service_name
 from pytest_kdriver.errors import ConfigError
+from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.image.finder import is_path
 from pytest_kdriver.targets.target import ParameterValue
 
@@ -80,10 +81,12 @@ def _parameters(value: object) -> dict[str, ParameterValue]:
     if not isinstance(value, Mapping):
         raise _wrong("parameters", value, allowed)
     for key, entry in value.items():
-        plain = isinstance(entry, int | str | bytes)
-        strings = isinstance(entry, list | tuple) and all(isinstance(s, str) for s in entry)
-        if not isinstance(key, str) or not (plain or strings):
+        if not isinstance(key, str):
             raise _wrong("parameters", {key: entry}, allowed)
+        try:
+            encode_value(entry)
+        except (TypeError, ValueError) as error:
+            raise _wrong("parameters", {key: entry}, f"{allowed} ({error})") from None
     return dict(value)
 
 

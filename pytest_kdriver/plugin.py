@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 if TYPE_CHECKING:
+    from pytest_kdriver.config import Isolation
     from pytest_kdriver.driver import Driver, TargetHandle
     from pytest_kdriver.errors import KdriverError
     from pytest_kdriver.marker import DriverMark
@@ -24,6 +25,7 @@ _SESSION = pytest.StashKey["Session"]()
 _MARK = pytest.StashKey["DriverMark | None"]()
 _DRIVER = pytest.StashKey["Driver"]()
 _VERDICT = pytest.StashKey["KdriverError"]()
+_USAGE = pytest.StashKey[str]()
 
 _HOW_TO_RUN = "no target was chosen: run with --kdriver-vm wine, or set vm in kdriver.toml"
 
@@ -89,15 +91,25 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give each test that needs a target one test for each target."""
     if "kdriver_target" in metafunc.fixturenames:
-        with _usage_errors():
-            names = list(dict.fromkeys(_chosen(metafunc.config)))
+        try:
+            with _usage_errors():
+                names = list(dict.fromkeys(_chosen(metafunc.config)))
+        except pytest.UsageError as error:
+            # Raised here it would be one module's error, with a traceback. It ends the run instead.
+            metafunc.config.stash[_USAGE] = str(error)
+            return
         if names:
             metafunc.parametrize("kdriver_target", names, indirect=True, scope="session")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Replace each item's ``kdriver`` marks, its parents' among them, by one that has all arguments."""
+    if _USAGE in config.stash:
+        raise pytest.UsageError(config.stash[_USAGE])
+    for item in items:
+        with _usage_errors(item):
+            _marked_isolation(item)
     marked = [item for item in items if item.get_closest_marker("kdriver") is not None]
     for item in marked:
         item.stash[_MARK] = _merge_marks(item)
@@ -110,9 +122,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kdriver(**_fields(merged)), append=False)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Have the item's target ready before any of its fixtures runs."""
+    """Have the item's target ready before any of its fixtures runs, unless the item is skipped."""
     if "kdriver_target" not in getattr(item, "fixturenames", ()):
         return
     callspec = getattr(item, "callspec", None)
@@ -248,30 +260,34 @@ def _chosen(config: pytest.Config) -> Sequence[str]:
 
 
 def _merge_marks(item: pytest.Item) -> DriverMark | None:
-    from pytest_kdriver.errors import ConfigError
     from pytest_kdriver.marker import merge
 
     outermost_first = reversed(list(item.iter_markers("kdriver")))
-    try:
+    with _usage_errors(item):
         return merge((mark.args, mark.kwargs) for mark in outermost_first)
-    except ConfigError as error:
-        raise pytest.UsageError(f"{item.nodeid}: {error}") from None
 
 
 def _fields(mark: DriverMark) -> dict[str, Any]:
     return {name: getattr(mark, name) for name in mark.__dataclass_fields__}
 
 
-def _isolation(item: pytest.Item) -> tuple[Any, tuple[str, ...]]:
+def _isolation(item: pytest.Item) -> tuple[Isolation | None, tuple[str, ...]]:
     """The isolation that somebody chose, None for nobody, and the capabilities that it needs."""
-    from pytest_kdriver.marker import isolation
-
-    mark = item.get_closest_marker("kdriver_isolation")
-    chosen = isolation((mark.args, mark.kwargs)) if mark is not None else None
     chosen = (
-        chosen or item.config.option.kdriver_isolation or _session(item.config).config.isolation
+        _marked_isolation(item)
+        or item.config.option.kdriver_isolation
+        or _session(item.config).config.isolation
     )
     return chosen, ("snapshots",) if chosen in ("test", "module") else ()
+
+
+def _marked_isolation(item: pytest.Item) -> Isolation | None:
+    mark = item.get_closest_marker("kdriver_isolation")
+    if mark is None:
+        return None
+    from pytest_kdriver.marker import isolation
+
+    return isolation((mark.args, mark.kwargs))
 
 
 def _keep(item: pytest.Item, when: str, told: Sequence[tuple[str, str]]) -> None:
@@ -286,14 +302,17 @@ def _keep(item: pytest.Item, when: str, told: Sequence[tuple[str, str]]) -> None
 
 
 @contextmanager
-def _usage_errors() -> Iterator[None]:
-    """A config that can't be ends the run with a sentence."""
-    from pytest_kdriver.errors import KdriverError
-
+def _usage_errors(item: pytest.Item | None = None) -> Iterator[None]:
+    """A config, or an item's mark, that can't be ends the run with a sentence."""
     try:
         yield
-    except KdriverError as error:
-        raise pytest.UsageError(str(error)) from None
+    except Exception as error:
+        from pytest_kdriver.errors import KdriverError
+
+        if not isinstance(error, KdriverError):
+            raise
+        where = f"{item.nodeid}: " if item is not None else ""
+        raise pytest.UsageError(f"{where}{error}") from None
 
 
 @contextmanager
