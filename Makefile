@@ -50,7 +50,7 @@ wheel: setup
 	@$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv dist build drivers/target vm/agent/target .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf .venv dist build drivers/target vm/agent/target bench/floor/target .mypy_cache .pytest_cache .ruff_cache \
 	    .hypothesis .import_linter_cache kdriver-artifacts
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
