@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,7 +50,11 @@ class Wine:
     version: str
 
     def environment(self, prefix: Path, channels: str) -> dict[str, str]:
-        """The environment of a program of ``prefix`` that traces ``channels``."""
+        """The environment of a program of ``prefix`` that traces ``channels``.
+
+        Debian's wineserver makes a folder for its socket in TMPDIR, which is the run's folder, so that it
+        goes with the run whatever becomes of us.
+        """
         inherited = {
             name: value
             for name, value in os.environ.items()
@@ -63,6 +66,7 @@ class Wine:
             "WINEARCH": "win64",
             "WINEDLLOVERRIDES": "mscoree,mshtml=",  # no offer to install Mono or Gecko
             "WINESERVER": self.server,
+            "TMPDIR": str(prefix.parent),
         }
 
 
@@ -126,11 +130,10 @@ def template(wine: Wine, run: Run) -> Path:
 def _make(wine: Wine, prefix: Path) -> None:
     prefix.mkdir()
     environment = wine.environment(prefix, "-all")
-    with tempfile.NamedTemporaryFile("w", suffix=".reg", encoding="utf-8") as settings:
-        settings.write(_SETTINGS)
-        settings.flush()
-        for command in (["wineboot", "--init"], ["regedit", "/S", f"Z:{settings.name}"]):
-            _run([wine.loader, *command], environment)
+    settings = prefix.with_name("settings.reg")
+    settings.write_text(_SETTINGS, encoding="utf-8")
+    for command in (["wineboot", "--init"], ["regedit", "/S", f"Z:{settings}"]):
+        _run([wine.loader, *command], environment)
     _run([wine.server, "--wait"], environment)
     registry = (prefix / "user.reg").read_text(encoding="utf-8", errors="replace")
     if "RelayInclude" not in registry:
@@ -215,7 +218,7 @@ def _is_zombie(process: str) -> bool:
 
 
 def remove(prefix: Path) -> None:
-    """End ``prefix`` and remove it with its server's folder in /tmp."""
+    """End ``prefix`` and remove it with its server's folder."""
     end(prefix)
     _remove(prefix)
 
@@ -234,5 +237,5 @@ def _server_folders(prefix: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         name = (prefix / "wineserver").read_text().strip()
         if name.startswith("wine-") and "/" not in name:
-            folders.append(Path("/tmp", name))  # noqa: S108
+            folders.append(prefix.with_name(name))
     return folders
