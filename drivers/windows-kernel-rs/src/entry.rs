@@ -124,7 +124,8 @@ fn failure(error: Error) -> NTSTATUS {
 /// #     fn init(_: Driver, _: &str) -> Result<Self, Error> { Ok(Module) }
 /// #     fn cleanup(&mut self, _: Driver) {}
 /// # }
-/// kernel_module!(Module, tag = *b"hell");
+/// const TAG: [u8; 4] = *b"hell";
+/// kernel_module!(Module, tag = TAG);
 /// ```
 /// ```compile_fail,E0080
 /// # use windows_kernel_rs::{Driver, Error, KernelModule, kernel_module};
@@ -150,7 +151,10 @@ fn failure(error: Error) -> NTSTATUS {
 #[macro_export]
 macro_rules! kernel_module {
     ($module:ty $(,)?) => {
-        $crate::__kernel_module!($module, $crate::PoolTag::of_package(env!("CARGO_PKG_NAME")));
+        $crate::__kernel_module!(
+            $module,
+            $crate::PoolTag::of_package(::core::env!("CARGO_PKG_NAME"))
+        );
     };
     ($module:ty, tag = $letters:expr $(,)?) => {
         $crate::__kernel_module!($module, $crate::PoolTag::new($letters));
@@ -166,12 +170,13 @@ macro_rules! __kernel_module {
         const _: () = {
             use $crate::entry::{DRIVER_OBJECT, ModuleSlot, NTSTATUS, UNICODE_STRING};
 
-            const TAG: $crate::PoolTag = $tag;
+            // Not given a name, for the tag's expression would see that instead of the driver's own.
+            const _: $crate::PoolTag = $tag;
 
             #[cfg(windows)]
             #[global_allocator]
             static ALLOCATOR: $crate::allocator::KernelAllocator =
-                $crate::allocator::KernelAllocator::new(TAG);
+                $crate::allocator::KernelAllocator::new($tag);
 
             #[cfg(windows)]
             #[used]
