@@ -157,7 +157,7 @@ impl Parameters {
         let mut bytes = size_of::<Buffer>();
         // Somebody may write a longer value between two calls, hence a loop.
         loop {
-            buffer.try_reserve_exact(bytes)?;
+            buffer.try_reserve_exact(bytes - buffer.len())?;
             buffer.resize(bytes, 0);
             match self.query(&name, &mut buffer)? {
                 Answer::Missing => return Ok(None),
