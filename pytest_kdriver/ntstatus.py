@@ -39,6 +39,9 @@ class NTSTATUS(IntEnum):
         member._value_ = unsigned
         return member
 
+    def __reduce_ex__(self, _protocol: object) -> tuple[type["NTSTATUS"], tuple[int]]:
+        return type(self), (int(self),)  # Python 3.11.2 takes the name, which an unknown code lacks
+
     def __str__(self) -> str:
         return self.name if self.name.startswith("0x") else f"{self.name} (0x{self.value:08X})"
 

@@ -27,6 +27,9 @@ class Win32Error(IntEnum):
         member._value_ = unsigned
         return member
 
+    def __reduce_ex__(self, _protocol: object) -> tuple[type["Win32Error"], tuple[int]]:
+        return type(self), (int(self),)  # Python 3.11.2 takes the name, which an unknown code lacks
+
     def __str__(self) -> str:
         return self.name if self.name.isdigit() else f"{self.name} ({self.value})"
 

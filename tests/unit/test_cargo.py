@@ -34,9 +34,16 @@ pub extern "system" fn DriverEntry(_: usize, _: usize) -> i32 { 0 }
 """
 
 
+@pytest.fixture(scope="module")
+def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all: a distribution's Rust builds ``core`` anew for each."""
+    return tmp_path_factory.mktemp("target")
+
+
 @pytest.fixture
-def package(tmp_path: Path) -> Path:
+def package(tmp_path: Path, target_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A driver of somebody who left everything open: panic strategy, linker, target, crate type."""
+    monkeypatch.setenv("CARGO_TARGET_DIR", str(target_folder))
     root = tmp_path / "a folder für mich"
     (root / "src").mkdir(parents=True)
     (root / "Cargo.toml").write_text(MANIFEST, encoding="utf-8")
@@ -44,13 +51,10 @@ def package(tmp_path: Path) -> Path:
     return root
 
 
-def test_whatever_a_package_leaves_open_is_given(
-    package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CARGO_TARGET_DIR", raising=False)
+def test_whatever_a_package_leaves_open_is_given(package: Path, target_folder: Path) -> None:
     image = Cargo(package / "Cargo.toml").build("mine")
     assert image.name == "mine.sys"
-    assert image.is_relative_to(package / "target")
+    assert image.is_relative_to(target_folder)
     assert image.with_suffix(".pdb").is_file()
     layout = read_layout(image)
     assert 0 < layout.entry < layout.size

@@ -53,3 +53,4 @@ def test_win32_codes_have_names_and_need_none() -> None:
     assert str(Win32Error(1053)) == "ERROR_SERVICE_REQUEST_TIMEOUT (1053)"
     assert str(Win32Error(99999)) == "99999"
     assert Win32Error(99999) == 99999
+    assert pickle.loads(pickle.dumps(Win32Error(99999))) == 99999
