@@ -21,6 +21,8 @@ ARGS :=
 demo: setup
 	@echo "--- hello, a driver of drivers/, built, loaded and unloaded (the first time takes a minute):"
 	@$(BIN)/kdriver run --vm wine hello
+	@echo; echo "--- leaks, a driver that leaks, and is told so:"
+	@! $(BIN)/kdriver run --vm wine leaks --parameter Blocks=3
 	@echo; echo "--- and all of them, tested:"
 	@$(PYTEST) --kdriver-vm wine tests/drivers -v $(ARGS)
 
