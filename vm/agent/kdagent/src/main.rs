@@ -32,7 +32,7 @@ use server::Server;
 /// What the linker is told, so that a build needs neither a build script nor a configuration.
 #[used]
 #[unsafe(link_section = ".drectve")]
-static LINKER: [u8; 57] = *b"/ENTRY:start /SUBSYSTEM:CONSOLE,10.0 /NODEFAULTLIB:msvcrt";
+static LINKER: [u8; 52] = *b"/ENTRY:start /SUBSYSTEM:CONSOLE /NODEFAULTLIB:msvcrt";
 
 /// Where Windows begins.
 #[unsafe(no_mangle)]
