@@ -1,9 +1,9 @@
 //! Tries the framework where no test on the host can: in a kernel.
 //!
 //! Init prints a line for each check that passed, and fails with `STATUS_INTERNAL_ERROR` at the
-//! first that did not. It wants these parameters: `Dword` (`REG_DWORD` 7), `Qword` (`REG_QWORD` 8),
-//! `Text` (`REG_SZ` `text`), `Expandable` (`REG_EXPAND_SZ` `%text%`), `Texts` (`REG_MULTI_SZ`
-//! `one`, `two`), `Bytes` (`REG_BINARY` of 100 times 0xA5).
+//! first that did not. It wants these parameters: `Dword` (`REG_DWORD` 7), `Qword` (`REG_QWORD`
+//! 2^32 + 8), `Text` (`REG_SZ` `text`), `Texts` (`REG_MULTI_SZ` `one`, `two`), `Bytes`
+//! (`REG_BINARY` of 100 times 0xA5); and `Expandable` (`REG_EXPAND_SZ` `%text%`), if it is there.
 
 #![no_std]
 
@@ -65,9 +65,11 @@ fn passed(what: &str, whether: bool) -> Result<(), Error> {
 
 fn parameters_are_read(parameters: &Parameters) -> Result<bool, Error> {
     Ok(parameters.u32("Dword")? == Some(7)
-        && parameters.u64("Qword")? == Some(8)
+        && parameters.u64("Qword")? == Some(0x1_0000_0008)
         && parameters.string("Text")?.as_deref() == Some("text")
-        && parameters.string("Expandable")?.as_deref() == Some("%text%")
+        && parameters
+            .string("Expandable")?
+            .is_none_or(|text| text == "%text%")
         && parameters.bytes("Bytes")?.as_deref() == Some(&[0xA5; 100])
         && parameters
             .multi_string("Texts")?
