@@ -4,6 +4,7 @@
 //! kernel's strings without ever aborting for want of memory.
 
 #![no_std]
+#![forbid(unsafe_code)]
 #![deny(missing_docs)]
 
 extern crate alloc;
