@@ -14,6 +14,9 @@ pub struct TryBox<T>(Box<T>);
 impl<T> TryBox<T> {
     /// Moves a value to the heap; without memory for it, the value is dropped.
     ///
+    /// The value is made on the stack first, once or, without optimisation, more than once. What is
+    /// larger than a few hundred bytes is better a `Vec`, grown by `try_reserve`.
+    ///
     /// # Errors
     ///
     /// [`Error::INSUFFICIENT_RESOURCES`].

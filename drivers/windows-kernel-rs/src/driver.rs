@@ -6,8 +6,8 @@ use windows_kernel_sys::base::DRIVER_OBJECT;
 
 /// What a driver does. [`kernel_module!`](crate::kernel_module) makes a driver of it.
 ///
-/// The kernel calls a driver from any thread, hence `Send + Sync`. A module that is not does not
-/// compile:
+/// Both functions run at `PASSIVE_LEVEL`, on a stack of the kernel's: 24 KiB, not all of it free. The
+/// kernel calls a driver from any thread, hence `Send + Sync`. A module that is not does not compile:
 ///
 /// ```compile_fail,E0277
 /// # use windows_kernel_rs::{Driver, Error, KernelModule};

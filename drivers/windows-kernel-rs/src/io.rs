@@ -2,7 +2,13 @@
 //!
 //! Nothing here allocates. Text goes to `DbgPrint` as data, never as its format string, at most
 //! [`PIECE_BYTES`] bytes a call: longer text is cut at a character's border and sent on. (A newline
-//! right after a full piece goes with it.) A NUL is shown as `\0`.
+//! right after a full piece goes with it.) A NUL is shown as `\0`. To be used at any IRQL up to the
+//! devices' (`DIRQL`), as `DbgPrint` itself.
+//!
+//! Windows filters what is printed by component and level. `DbgPrint` is of the component `DEFAULT`
+//! and the level `INFO` (bit 3), which is off unless the registry says otherwise, or a debugger in
+//! `Kd_DEFAULT_Mask`: `HKLM\SYSTEM\CurrentControlSet\Control\Session Manager\Debug Print Filter`,
+//! value `DEFAULT` (`REG_DWORD`) 8, read at boot.
 
 use core::fmt::{self, Write};
 pub use kernel_text::pieces::PIECE_BYTES;
