@@ -21,7 +21,8 @@ class Session:
         self.images = ImageFinder(config.root, config.manifest, profile=config.profile)
         self._targets: dict[str, Target] = {}
         self._failed: dict[str, TargetError] = {}
-        self._module: dict[str, str] = {}
+        self._modules: dict[str, set[str]] = {}
+        """Whose traces are in each target: the modules that had it since it was put back."""
 
     def target(self, name: str) -> Target:
         """The target called ``name``, which need not be started yet. Raises ``KdriverError``."""
@@ -50,15 +51,16 @@ class Session:
         target = self.target(name)
         try:
             target.start()
-            entered = self._module.get(name) != module
-            if isolation == "test" or (isolation == "module" and entered):
+            modules = self._modules.setdefault(name, set())
+            if isolation == "test" or (isolation == "module" and modules - {module}):
                 target.revert()
+                modules.clear()
             else:
                 target.repair()
         except TargetError as error:
             self._failed[name] = error
             raise
-        self._module[name] = module
+        modules.add(module)
 
     def close(self) -> None:
         """Close all targets. Can be called again."""
@@ -68,7 +70,7 @@ class Session:
     def close_target(self, name: str) -> None:
         """Close one; if it is needed again, it is made anew."""
         target = self._targets.pop(name, None)
-        self._module.pop(name, None)
+        self._modules.pop(name, None)
         if target is not None:
             target.close()
 
