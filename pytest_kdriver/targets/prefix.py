@@ -120,6 +120,7 @@ def template(wine: Wine, run: Run) -> Path:
             run.record(RESOURCE, making)
             try:
                 _make(wine, making)
+                _remove_server(making)
                 making.rename(place)
             finally:
                 end(making)
@@ -224,10 +225,15 @@ def remove(prefix: Path) -> None:
 
 
 def _remove(prefix: Path) -> None:
+    _remove_server(prefix)
+    shutil.rmtree(prefix, ignore_errors=True)
+
+
+def _remove_server(prefix: Path) -> None:
+    """Remove what the wineserver of an ended prefix left outside of it."""
     with contextlib.suppress(OSError):
         for folder in _server_folders(prefix):
             shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(prefix, ignore_errors=True)
 
 
 def _server_folders(prefix: Path) -> list[Path]:
