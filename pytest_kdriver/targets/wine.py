@@ -36,6 +36,7 @@ from pytest_kdriver.kernel.events import (
     DriverUnloadCalled,
     Fence,
     ImageLoaded,
+    KernelMessage,
     ProcessDied,
 )
 from pytest_kdriver.kernel.log import KernelLog
@@ -73,6 +74,9 @@ _STATUS_OF_CODE: Final = {
     Win32Error.ERROR_DLL_INIT_FAILED: NTSTATUS.STATUS_DLL_INIT_FAILED,
 }
 """What NtLoadDriver says where Wine's service control manager says this without running DriverEntry."""
+
+_SERVICES_GONE: Final = (Win32Error.RPC_S_SERVER_UNAVAILABLE, Win32Error.RPC_S_CALL_FAILED)
+"""What every call to the service control manager says once services.exe has ended, or when it does."""
 
 
 def _remove_prefix(path: Path) -> None:
@@ -299,6 +303,8 @@ class WineTarget:
                 begun = self._last(called, service, position)
                 raise CallTimeout(self._cut_short(begun, future)) from None
         self.fence()
+        if code in _SERVICES_GONE:
+            raise self._services_gone(f"service call: {code}")
         return code
 
     def _cut_short(
@@ -339,8 +345,12 @@ class WineTarget:
         watched[process] = _Watch(service, process, future)
 
         def ended(future: Future[int]) -> None:
-            if watched.pop(process, None) is not None and not _link_lost(future):
-                log.append([_death(service, process, future)])
+            if watched.pop(process, None) is None:
+                return  # expected
+            if isinstance(future.exception(), LinkError):
+                told = "the agent is gone, and with it the guest"
+                log.append([KernelMessage(time.monotonic(), service, told)])
+            log.append([_death(service, process, future)])
 
         future.add_done_callback(ended)
 
@@ -363,12 +373,20 @@ class WineTarget:
 
     @contextmanager
     def _agent_errors(self, phase: str) -> Iterator[None]:
-        """Make of a lost agent what it is: a target that has to be put back."""
+        """Make of a lost agent, or a lost services.exe, what it is: a target that has to be put back."""
         try:
             yield
         except LinkError as error:
             self.break_down("its agent is gone")
             raise TargetError(f"{phase}: {error}", target=self.name) from error
+        except AgentError as error:
+            if error.code not in _SERVICES_GONE:
+                raise
+            raise self._services_gone(f"{phase}: {error}") from error
+
+    def _services_gone(self, told: str) -> TargetError:
+        self.break_down("its services.exe is gone")
+        return TargetError(f"{told}; its services.exe is gone", target=self.name)
 
     def _new_guest(self, run: Run) -> _Guest:
         source = prefix.template(self._wine, run)
@@ -429,10 +447,6 @@ class _Watch:
     service: str
     process: int
     future: Future[int]
-
-
-def _link_lost(future: Future[int]) -> bool:
-    return isinstance(future.exception(), LinkError)
 
 
 def _death(service: str, process: int, future: Future[int]) -> ProcessDied:
