@@ -25,6 +25,7 @@ from pytest_kdriver.errors import (
     UnloadRefused,
 )
 from pytest_kdriver.guest.agent import Completed, ServiceStatus
+from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.image.finder import ImageFinder, is_path
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash
 from pytest_kdriver.kernel.dbgprint import DbgPrint
@@ -116,6 +117,8 @@ class Driver:
         self.last_status: NTSTATUS | None = None
         self._target = target
         self._parameters = dict(parameters or {})
+        for value in self._parameters.values():
+            encode_value(value)  # what the registry can't keep is told before anything is done
         self._leaks: Leaks = leaks
         self._tags = tuple(tags)
         self._timeout = timeout
@@ -132,7 +135,7 @@ class Driver:
             self._window,
             driver=self.service,
             target=self._target.name,
-            on_crash=self._crash_error,
+            on_crash=self._untold_crash,
         )
         self._pool = self._pool_of(self._window)
 
@@ -219,6 +222,11 @@ class Driver:
             raise UnloadRefused(
                 "it has no DriverUnload, so it stays loaded until the guest ends", **self._told()
             ) from None
+        except Exception:
+            raise
+        except BaseException:
+            self.abandon()
+            raise
         self._raise_crash()
         if code:
             raise StopFailed(f"the guest says {code}", code=code, **self._told())
@@ -254,7 +262,7 @@ class Driver:
         stopped = time.monotonic()
         window.close()
         printed = DbgPrint(
-            window, driver=self.service, target=self._target.name, on_crash=self._crash_error
+            window, driver=self.service, target=self._target.name, on_crash=self._untold_crash
         )
         seen = self._target.capabilities
         return CycleResult(
@@ -281,6 +289,11 @@ class Driver:
             self._uninstall()
             self._window.close()
         self._judge()
+
+    def abandon(self) -> None:
+        """Let go of it unjudged, as it is after an interrupt; the target will be put back."""
+        self._crash_seen_to = len(self._target.log) + _NEVER
+        self._lose(f"a test of {self.service} was interrupted")
 
     def resume(self) -> None:
         """Begin a new window, for what is done after ``finish``."""
@@ -330,6 +343,11 @@ class Driver:
             raise self._late("start", "DriverEntry", limit, late) from None
         except TimeoutError as error:
             raise self._slow("install", "copying it in and registering it", limit, error) from error
+        except Exception:
+            raise
+        except BaseException:
+            self.abandon()
+            raise
         self.last_status = outcome.status
         if (
             outcome.status != NTSTATUS.STATUS_IMAGE_ALREADY_LOADED
@@ -356,6 +374,10 @@ class Driver:
     def _raise_crash(self) -> None:
         if "crashes" in self._target.capabilities and self._find_crash() is not None:
             raise self._crash_error()
+
+    def _untold_crash(self) -> DriverCrashed | None:
+        """The crash as an exception, None where the test knows of it already."""
+        return None if self._find_crash() is None else self._crash_error()
 
     def _find_crash(self) -> Crash | None:
         log = self._target.log
@@ -511,7 +533,10 @@ class TargetHandle:
         )
         try:
             yield driver
-        except Exception:
+        except KeyboardInterrupt:
+            driver.abandon()
+            raise
+        except BaseException:  # pytest's outcomes, such as a skip, are no Exceptions
             with suppress(KdriverError):
                 driver.finish()
             raise

@@ -7,6 +7,7 @@ a target is asked for.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,6 +196,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     try:
         result = yield
     except (KeyboardInterrupt, pytest.exit.Exception):
+        driver.abandon()
         raise
     except BaseException as error:
         try:
@@ -341,7 +343,8 @@ def _cut_traceback(config: pytest.Config, error: BaseException) -> None:
     trace = error.__traceback__
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")
-        if module != "contextlib" and module.partition(".")[0] != "pytest_kdriver":
+        package = module.partition(".")[0]
+        if package != "pytest_kdriver" and package not in sys.stdlib_module_names:
             last_own = trace
         trace = trace.tb_next
     if last_own is not None:

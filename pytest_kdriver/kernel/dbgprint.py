@@ -30,7 +30,7 @@ class DbgPrint:
         *,
         driver: str,
         target: str,
-        on_crash: Callable[[], BaseException],
+        on_crash: Callable[[], BaseException | None],
     ) -> None:
         self._window = window
         self._driver = driver
@@ -93,10 +93,15 @@ class DbgPrint:
                 raise self._error(f"no line matching {pattern!r}" + _printed(self.lines))
 
     def _wait(self, fits: Callable[[str], bool], wanted: str, timeout: float) -> str:
+        crash: BaseException | None = None
+
         def interesting(position: int, event: Event) -> bool:
+            nonlocal crash
             if isinstance(event, DebugPrint):
                 return any(fits(line) for line in self._unread(position, event))
-            return is_crash(event, self._driver)
+            if is_crash(event, self._driver):
+                crash = self._on_crash()
+            return crash is not None
 
         found = self._window.wait_for(interesting, timeout, self._position)
         if found is None:
@@ -109,7 +114,8 @@ class DbgPrint:
             raise self._error(f"no line {wanted} within {timeout:g} s" + _printed(left))
         position, event = found
         if not isinstance(event, DebugPrint):
-            raise self._on_crash()
+            assert crash is not None
+            raise crash
         unread = self._unread(position, event)
         at = next(number for number, line in enumerate(unread) if fits(line))
         self._skip = at + 1 + (self._skip if position == self._position else 0)
