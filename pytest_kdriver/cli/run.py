@@ -13,6 +13,7 @@ from pathlib import Path
 from pytest_kdriver.config import find_root, load_config
 from pytest_kdriver.driver import Driver
 from pytest_kdriver.errors import ConfigError, DriverError, StartFailed
+from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.kernel.events import DebugPrint
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.session import Session
@@ -40,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--for",
         dest="seconds",
-        type=float,
+        type=seconds,
         default=0.0,
         metavar="SECONDS",
         help="how long it stays loaded (default: 0); Ctrl-C unloads it earlier",
@@ -58,7 +59,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--service", metavar="NAME", help="the service's name (default: the driver's)"
     )
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for each of load and unload"
+        "--timeout", type=deadline, metavar="SECONDS", help="for each of load and unload"
     )
     parser.set_defaults(call=call)
 
@@ -161,7 +162,27 @@ def _parameters(settings: Sequence[str]) -> dict[str, ParameterValue]:
             parameters[name] = int(value, 0)
         except ValueError:
             parameters[name] = value
+        try:
+            encode_value(parameters[name])
+        except ValueError as error:
+            raise ConfigError(f"--parameter {setting!r}: {error}") from None
     return parameters
+
+
+def seconds(text: str) -> float:
+    """An argument that is a number of seconds."""
+    value = float(text)
+    if not 0 <= value < threading.TIMEOUT_MAX:
+        raise ValueError
+    return value
+
+
+def deadline(text: str) -> float:
+    """The same, but more than 0."""
+    value = seconds(text)
+    if not value:
+        raise ValueError
+    return value
 
 
 def _say(text: str) -> None:
