@@ -426,6 +426,9 @@ class Driver:
                 f"DriverEntry returned {outcome.status}, which is a success on Windows; "
                 f"this target takes nothing but STATUS_SUCCESS ({outcome.code})"
             )
+        if outcome.status == NTSTATUS.STATUS_UNSUCCESSFUL and outcome.code is not None:
+            # May be no status of DriverEntry's, but all that can be said of a code that has no other.
+            return f"the start failed with {outcome.status}; the guest says {outcome.code}"
         return f"the start failed with {outcome.status}"
 
     def _told(self) -> _Told:
