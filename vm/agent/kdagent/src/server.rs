@@ -9,7 +9,7 @@ use frames::{Decoder, Frame, FrameError, Kind, MAX_BODY, Request, Wire, encode, 
 
 use crate::end::End;
 use crate::failure::Failure;
-use crate::requests::{self, files::Uploads};
+use crate::requests::{self, files, files::Uploads};
 use crate::sync::Mutex;
 use crate::workers::Workers;
 use crate::{runtime, sys, thread};
@@ -115,7 +115,7 @@ impl Server {
     }
 
     fn leave(&self, code: u32) -> ! {
-        self.uploads.forget_all();
+        files::forget_all();
         runtime::exit(code)
     }
 }

@@ -155,8 +155,12 @@ fn create_parents(path: &str) -> Answer {
     Ok(())
 }
 
+/// The names of all files on their way in, from before they are made until they are gone.
+static UNFINISHED: Mutex<BTreeMap<u32, Vec<u16>>> = Mutex::new(BTreeMap::new());
+
 /// A file on its way in, under another name until it is whole. Dropped before, it is deleted.
 struct Temporary {
+    id: u32,
     file: Option<Owned>,
     name: Vec<u16>,
     target: Vec<u16>,
@@ -167,29 +171,36 @@ impl Temporary {
         // SAFETY: no preconditions.
         let pid = unsafe { sys::GetCurrentProcessId() };
         let name = text::wide(&format!("{path}.kdagent-{pid}-{id}"))?;
-        let open = || {
-            create(
-                &name,
-                sys::GENERIC_READ | sys::GENERIC_WRITE,
-                sys::FILE_SHARE_DELETE,
-                sys::CREATE_NEW,
-            )
+        let target = text::wide(path)?;
+        UNFINISHED.lock().insert(id, name.clone());
+        let mut temporary = Temporary {
+            id,
+            file: None,
+            name,
+            target,
         };
-        let file = match open() {
+        temporary.file = Some(match temporary.open() {
             Err(Failure::Win32 {
                 code: sys::ERROR_PATH_NOT_FOUND,
                 ..
             }) => {
                 create_parents(path)?;
-                open()?
+                temporary.open()?
             }
             file => file?,
-        };
-        Ok(Temporary {
-            file: Some(file),
-            name,
-            target: text::wide(path)?,
-        })
+        });
+        Ok(temporary)
+    }
+
+    /// Begins anew what an agent left that was killed: ids of processes come again, in a copy of the guest
+    /// and after a way back in time. Nobody else has a file of our id's name.
+    fn open(&self) -> Answer<Owned> {
+        create(
+            &self.name,
+            sys::GENERIC_READ | sys::GENERIC_WRITE,
+            sys::FILE_SHARE_DELETE,
+            sys::CREATE_ALWAYS,
+        )
     }
 
     fn file(&self) -> Answer<&Owned> {
@@ -219,20 +230,21 @@ impl Temporary {
         self.name.clear();
         Ok(())
     }
-
-    fn delete(&self) {
-        if !self.name.is_empty() {
-            // SAFETY: the path ends with a NUL.
-            unsafe { sys::DeleteFileW(self.name.as_ptr()) };
-        }
-    }
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
         self.file = None;
-        self.delete();
+        if !self.name.is_empty() {
+            delete_quietly(&self.name);
+        }
+        UNFINISHED.lock().remove(&self.id);
     }
+}
+
+fn delete_quietly(path: &[u16]) {
+    // SAFETY: the path ends with a NUL.
+    unsafe { sys::DeleteFileW(path.as_ptr()) };
 }
 
 const NO_UPLOAD: Failure = Failure::Refused("no such upload");
@@ -300,11 +312,14 @@ impl Uploads {
     fn take(&self, upload: u32) -> Answer<Arc<Temporary>> {
         self.files.lock().remove(&upload).ok_or(NO_UPLOAD)
     }
+}
 
-    /// Deletes them all, those too that a thread is writing to: the process is about to end.
-    pub fn forget_all(&self) {
-        for temporary in core::mem::take(&mut *self.files.lock()).into_values() {
-            temporary.delete();
-        }
+/// Deletes all that is on its way in, whichever thread is at it: the process is about to end.
+pub fn forget_all() {
+    let unfinished = UNFINISHED.lock();
+    for name in unfinished.values() {
+        delete_quietly(name);
     }
+    // Nothing may be begun any more.
+    core::mem::forget(unfinished);
 }
