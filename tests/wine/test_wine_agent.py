@@ -361,6 +361,26 @@ class TestRegistry:
         agent.set_value(KEY, "value", value)
         assert agent.get_value(KEY, "value") == value
 
+    @pytest.mark.parametrize("kind", [1, 2, 7], ids=["sz", "expand-sz", "multi-sz"])
+    def test_strings_without_an_end_are_kept_as_they_came(
+        self, guest: Guest, agent: Agent, kind: int
+    ) -> None:
+        """Whatever stands behind them in the agent's memory."""
+        name = {"key": KEY, "name": "value"}
+        with raw(guest) as stream:
+            for size in range(100):
+                data = (b"a\0" * size)[:size]
+                stream.ask(messages.SetValue(**name, kind=kind, data=data), messages.Done)
+                stored = stream.ask(messages.GetValue(**name), messages.OptionalValue).value
+                assert stored == messages.Value(kind=kind, data=data)
+
+    def test_names_that_are_too_long_are_refused(self, agent: Agent) -> None:
+        with pytest.raises(AgentError, match="too long"):
+            agent.set_value(KEY, "x" * 40_000, 1)
+        with pytest.raises(AgentError, match="set the value") as caught:
+            agent.set_value(KEY, "x" * 20_000, 1)
+        assert isinstance(caught.value.code, NTSTATUS)
+
     def test_negative_numbers_are_their_two_s_complement(self, agent: Agent) -> None:
         agent.set_value(KEY, "value", -1)
         assert agent.get_value(KEY, "value") == 0xFFFFFFFF

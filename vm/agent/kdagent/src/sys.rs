@@ -404,14 +404,6 @@ unsafe extern "system" {
         data: *mut u8,
         size: *mut u32,
     ) -> u32;
-    pub fn RegSetValueExW(
-        key: Handle,
-        name: *const u16,
-        reserved: u32,
-        kind: u32,
-        data: *const u8,
-        size: u32,
-    ) -> u32;
     pub fn StartServiceW(service: Handle, count: u32, arguments: *const *const u16) -> Bool;
 }
 
@@ -423,6 +415,14 @@ unsafe extern "system" {
         buffer: *mut c_void,
         size: u32,
         returned: *mut u32,
+    ) -> u32;
+    pub fn NtSetValueKey(
+        key: Handle,
+        name: *const UnicodeString,
+        title: u32,
+        kind: u32,
+        data: *const u8,
+        size: u32,
     ) -> u32;
     pub fn NtUnloadDriver(service: *const UnicodeString) -> u32;
     pub fn RtlGetVersion(version: *mut OsVersion) -> u32;

@@ -57,19 +57,25 @@ impl Drop for Key {
 /// Sets a value; the key is made where it is not.
 pub fn set_value(key: &str, name: &str, kind: u32, data: &[u8]) -> Answer {
     let name = text::wide(name)?;
-    let key = Key::create(key)?;
-    // SAFETY: the name ends with a NUL, the data is as long as told.
-    let code = unsafe {
-        sys::RegSetValueExW(
-            key.0,
-            name.as_ptr(),
-            0,
-            kind,
-            data.as_ptr(),
-            data.len() as u32,
-        )
+    let length = u16::try_from(2 * name.len())
+        .map_err(|_| Failure::Refused("the value's name is too long"))?;
+    let name = sys::UnicodeString {
+        length: length - 2,
+        maximum_length: length,
+        buffer: name.as_ptr(),
     };
-    check_code(code, "set the value")
+    let key = Key::create(key)?;
+    // Not RegSetValueExW: it looks for the NUL of a string behind the data that it was told of.
+    // SAFETY: the name is whole and stays during the call, the data is as long as told.
+    let code =
+        unsafe { sys::NtSetValueKey(key.0, &name, 0, kind, data.as_ptr(), data.len() as u32) };
+    match code {
+        0 => Ok(()),
+        code => Err(Failure::Status {
+            doing: "set the value",
+            code,
+        }),
+    }
 }
 
 /// A value's type and bytes; None if the key or the value is not there.
