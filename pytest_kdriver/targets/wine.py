@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
 
 from pytest_kdriver.config import TargetConfig
-from pytest_kdriver.errors import AgentError, LinkError, TargetError
+from pytest_kdriver.errors import AgentError, ConfigError, LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.executable import agent_executable
 from pytest_kdriver.guest.links.process import ProcessLink
@@ -215,8 +215,16 @@ class WineTarget:
         path = f"{FOLDER}\\{service}.sys"
         key = f"SYSTEM\\CurrentControlSet\\Services\\{service}\\Parameters"
         with self._agent_errors("install"):
-            agent.put(image, path, timeout=timeout)
-            agent.create_service(service, path, timeout=timeout)
+            try:
+                agent.put(image, path, timeout=timeout)
+                agent.create_service(service, path, timeout=timeout)
+            except AgentError as error:
+                if agent.query_service(service, timeout=timeout) is None:
+                    raise
+                raise ConfigError(
+                    f"target {self.name!r} has a service {service!r} already; "
+                    "give this driver's another name, with service="
+                ) from error
             for name, value in parameters.items():
                 agent.set_value(key, name, value, timeout=timeout)
 

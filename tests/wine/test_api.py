@@ -15,6 +15,7 @@ import pytest
 from pytest_kdriver import (
     NTSTATUS,
     AgentError,
+    ConfigError,
     Driver,
     DriverCrashed,
     DriverError,
@@ -324,6 +325,22 @@ class TestDbgPrint:
                 assert kdriver.dbgprint.lines == HELLO[:1]
             assert other.dbgprint.lines == HELLO
         assert kdriver.dbgprint.lines == HELLO
+
+    @hello
+    def test_two_services_of_one_name_can_t_be(
+        self, kdriver: Driver, kdriver_target: TargetHandle
+    ) -> None:
+        with kdriver_target.driver("hello") as other:
+            for loaded in (True, False):
+                kdriver.start()
+                if not loaded:
+                    kdriver.stop()
+                with pytest.raises(ConfigError, match="has a service 'hello' already.*service="):
+                    other.start()
+                if loaded:
+                    kdriver.stop()
+        with kdriver.running():
+            pass
 
     @stubborn("slow-init", Seconds=1)
     def test_lines_are_seen_while_driver_entry_runs(self, kdriver: Driver) -> None:
