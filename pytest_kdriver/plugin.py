@@ -27,7 +27,12 @@ _MARK = pytest.StashKey["DriverMark | None"]()
 _DRIVER = pytest.StashKey["Driver"]()
 _VERDICT = pytest.StashKey["KdriverError"]()
 _USAGE = pytest.StashKey[str]()
+_REFUSED = pytest.StashKey[str]()
 
+_NOT_COLLECTED = (
+    "which target? Name kdriver or kdriver_target as an argument of the test, or of a fixture that it "
+    "names: getfixturevalue, and methods of a unittest.TestCase, come too late to choose one"
+)
 _HOW_TO_RUN = "no target was chosen: run with --kdriver-vm wine, or set vm in kdriver.toml"
 
 
@@ -106,14 +111,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Replace each item's ``kdriver`` marks, its parents' among them, by one that has all arguments."""
-    if _USAGE in config.stash:
-        raise pytest.UsageError(config.stash[_USAGE])
     for item in items:
-        with _usage_errors(item):
+        if _USAGE in config.stash and "kdriver_target" in getattr(item, "fixturenames", ()):
+            _refuse(item, pytest.UsageError(config.stash[_USAGE]))
+        try:
             _marked_isolation(item)
-    marked = [item for item in items if item.get_closest_marker("kdriver") is not None]
-    for item in marked:
-        item.stash[_MARK] = _merge_marks(item)
+            if item.get_closest_marker("kdriver") is not None:
+                item.stash[_MARK] = _merge_marks(item)
+        except pytest.UsageError as error:
+            _refuse(item, error)
+    marked = [item for item in items if _MARK in item.stash]
     for item in marked:
         for node in item.listchain():
             node.own_markers[:] = [mark for mark in node.own_markers if mark.name != "kdriver"]
@@ -126,6 +133,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Have the item's target ready before any of its fixtures runs, unless the item is skipped."""
+    if _REFUSED in item.stash:
+        pytest.fail(item.stash[_REFUSED], pytrace=False)
     if "kdriver_target" not in getattr(item, "fixturenames", ()):
         return
     callspec = getattr(item, "callspec", None)
@@ -149,11 +158,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def kdriver_target(request: pytest.FixtureRequest) -> Iterator[TargetHandle]:
     """The target of this test, chosen by ``--kdriver-vm``: more drivers, programs, files, registry."""
+    name = getattr(request, "param", None)
+    if name is None:
+        pytest.fail(_NOT_COLLECTED, pytrace=False)
     session = _session(request.config)
     with _plain_failures():
-        handle = session.handle(request.param)
+        handle = session.handle(name)
     yield handle
-    session.close_target(request.param)
+    session.close_target(name)
 
 
 @pytest.fixture
@@ -289,7 +301,15 @@ def _marked_isolation(item: pytest.Item) -> Isolation | None:
         return None
     from pytest_kdriver.marker import isolation
 
-    return isolation((mark.args, mark.kwargs))
+    with _usage_errors(item):
+        return isolation((mark.args, mark.kwargs))
+
+
+def _refuse(item: pytest.Item, error: pytest.UsageError) -> None:
+    """End the run; a worker of pytest-xdist, which can't, fails the item when its turn comes."""
+    if not hasattr(item.config, "workerinput"):
+        raise error
+    item.stash[_REFUSED] = str(error)
 
 
 def _keep(item: pytest.Item, when: str, told: Sequence[tuple[str, str]]) -> None:

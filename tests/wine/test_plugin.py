@@ -326,6 +326,8 @@ class TestMarker:
         for place in (folder / "beside", project.mkdir("images")):
             place.mkdir(exist_ok=True)
             shutil.copy(image, place / f"{place.name}.sys")
+        shutil.copy(image, folder / "both.sys")
+        shutil.copy(cargo.build("refuses"), project.path / "both.sys")
         package = project.mkdir("made_package")
         shutil.copy(image, package / "packed.sys")
         (folder / "test_marks.py").write_text(
@@ -368,12 +370,16 @@ def test_a_path_beside_the_test_file(kdriver, request):
 def test_a_path_from_the_rootdir(kdriver):
     assert (kdriver.name, kdriver.start()) == ("images", 0)
 
+@pytest.mark.kdriver("both.sys")
+def test_a_path_that_is_beside_and_in_the_rootdir(kdriver):
+    assert kdriver.start() == 0
+
 @pytest.mark.kdriver("../made_package/")
 def test_a_package_folder(kdriver):
     assert (kdriver.image.name, kdriver.start()) == ("packed.sys", 0)
 """
         )
-        run("--kdriver-vm", "wine").assert_outcomes(passed=6)
+        run("--kdriver-vm", "wine").assert_outcomes(passed=7)
 
     def test_drivers_are_selected_by_name_on_the_command_line(
         self, project: pytest.Pytester, run: Run
@@ -434,6 +440,14 @@ def test_a_package_folder(kdriver):
         }
         result.stdout.fnmatch_lines(["SKIPPED*2*target 'poor' has no capability 'snapshots'"])
         result.stdout.fnmatch_lines(["SKIPPED*not today"])
+
+    def test_a_target_that_is_asked_for_too_late_says_so(
+        self, project: pytest.Pytester, run: Run
+    ) -> None:
+        project.makepyfile("def test_it(request): request.getfixturevalue('kdriver_target')")
+        result = run("--kdriver-vm", "wine")
+        result.assert_outcomes(failed=1)
+        assert "Name kdriver or kdriver_target as an argument" in failure(result, "test_it")
 
     def test_without_a_mark_the_fixture_says_what_to_write(
         self, project: pytest.Pytester, run: Run
@@ -866,6 +880,30 @@ class TestTogether:
         result.assert_outcomes(passed=4)
         assert set(re.findall(r"\[(gw\d)\] \[", result.stdout.str())) == {"gw0", "gw1"}
         assert left_behind() == []
+
+    @pytest.mark.parametrize(
+        ("config", "mark", "sentence"),
+        [
+            ("", "leak='allow'", "kdriver has no argument 'leak'"),
+            ("vm = 'none'", "", "vm: no target 'none'"),
+        ],
+    )
+    def test_workers_fail_the_tests_of_what_can_t_be(
+        self, project: pytest.Pytester, run: Run, config: str, mark: str, sentence: str
+    ) -> None:
+        add_to_config(project, config or 'vm = "wine"')
+        project.makepyfile(
+            f"""
+            import pytest
+            @pytest.mark.kdriver("hello", {mark})
+            def test_bad(kdriver): pass
+            def test_good(): pass
+            """
+        )
+        result = run("-n", "2")
+        result.assert_outcomes(errors=1, passed=1)
+        assert sentence in result.stdout.str()
+        assert "INTERNALERROR" not in result.stdout.str()
 
     def test_two_runs_at_once_and_nothing_is_left(
         self, project: pytest.Pytester, left_behind: Callable[[], list[str]]
