@@ -38,7 +38,7 @@ def find_crash(window: Window, driver: str, start: int | None = None) -> Crash |
     nobody knows, is looked for as well.
     """
     death: Crash | None = None
-    for position, event in window.numbered(start):
+    for position, event in window.numbered(start, _CRASH_EVENTS):
         if not isinstance(event, _CRASH_EVENTS):
             continue
         anonymous = event.driver is None and not isinstance(event, BugCheck)

@@ -14,10 +14,10 @@ import pickle
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Final, TypeVar, get_args
+from typing import Final, TypeVar, cast, get_args
 
 from pytest_kdriver.kernel.events import DebugPrint, Event, KernelMessage
 
@@ -42,6 +42,11 @@ class _Segment:
     events: list[Event] | None
     offset: int = 0
     length: int = 0
+    kinds: frozenset[type[Event]] | None = None
+    """The kinds of its events, known once it is closed."""
+
+    def may_have(self, kinds: Collection[type[object]]) -> bool:
+        return not kinds or self.kinds is None or not self.kinds.isdisjoint(kinds)
 
 
 class KernelLog:
@@ -94,6 +99,16 @@ class KernelLog:
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Event]:
         """The events from position ``start`` up to ``stop``, or up to the end as it is now."""
+        for _, event in self.numbered(start, stop):
+            yield event
+
+    def numbered(
+        self, start: int = 0, stop: int | None = None, kinds: Collection[type[object]] = ()
+    ) -> Iterator[tuple[int, Event]]:
+        """The same, each with its position; where ``kinds`` are named, those alone.
+
+        What was spilled and has none of them is not read back.
+        """
         with self._changed:
             stop = self._length if stop is None else min(stop, self._length)
             segments = [
@@ -101,11 +116,15 @@ class KernelLog:
             ]
         for number, (segment, in_memory) in enumerate(segments):
             following = segments[number + 1][0].start if number + 1 < len(segments) else stop
-            if following <= start:
+            if following <= start or not segment.may_have(kinds):
                 continue
             events = in_memory if in_memory is not None else self._load(segment)
             first = max(start - segment.start, 0)
-            yield from events[first : stop - segment.start]
+            for position, event in enumerate(
+                events[first : stop - segment.start], segment.start + first
+            ):
+                if not kinds or type(event) in kinds:
+                    yield position, event
 
     def wait(self, position: int, deadline: float) -> bool:
         """Wait until the log is longer than ``position``; False at ``deadline`` (monotonic) or the end."""
@@ -124,6 +143,7 @@ class KernelLog:
     def _close_segment(self, last: _Segment) -> None:
         assert last.events is not None
         self._bytes = 0
+        last.kinds = frozenset(map(type, last.events))
         self._segments.append(_Segment(last.start + len(last.events), []))
         if len(self._segments) > SEGMENTS_IN_MEMORY:
             self._spill_segment(self._segments[-1 - SEGMENTS_IN_MEMORY])
@@ -190,16 +210,18 @@ class Window:
         for _, event in self.numbered(start):
             yield event
 
-    def numbered(self, start: int | None = None) -> Iterator[tuple[int, Event]]:
-        """The same, each with its position in the log."""
+    def numbered(
+        self, start: int | None = None, kinds: Collection[type[object]] = ()
+    ) -> Iterator[tuple[int, Event]]:
+        """The same, each with its position in the log; where ``kinds`` are named, those alone."""
         begin = self.start if start is None else max(start, self.start)
-        for position, event in enumerate(self.log.read(begin, self._stop), begin):
+        for position, event in self.log.numbered(begin, self._stop, kinds):
             if self.driver is None or event.driver is None or event.driver == self.driver:
                 yield position, event
 
     def of(self, kind: type[E], start: int | None = None) -> Iterator[E]:
         """The window's events of one kind."""
-        return (event for event in self.events(start) if isinstance(event, kind))
+        return (cast("E", event) for _, event in self.numbered(start, (kind,)))
 
     def wait_for(
         self, wanted: Callable[[int, Event], bool], timeout: float, start: int | None = None
