@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,20 @@ def test_nothing_is_left_behind() -> None:
             pids.append(link.pid)
     assert descriptors() == before
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_descriptors_may_be_above_1024() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, limits[1]), limits[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        for _ in range(1100):
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        link = child(ECHO)
+        link.send(b"x", 10)
+        assert link.receive() == b"x"
+        link.close()
+    assert link.returncode == 0
 
 
 def test_the_child_has_a_session_of_its_own() -> None:

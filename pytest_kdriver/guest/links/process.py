@@ -148,6 +148,8 @@ class ProcessLink:
                 os.close(self._wake)
 
     def _reap(self) -> None:
-        if not select.select([self._exited], [], [], self._close_timeout)[0]:
+        poll = select.poll()  # not select, which knows no descriptor from 1024 on
+        poll.register(self._exited, select.POLLIN)
+        if not poll.poll(self._close_timeout * 1000):
             self._process.kill()
         self._process.wait()
