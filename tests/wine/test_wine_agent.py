@@ -481,7 +481,7 @@ class TestRun:
         done = agent.run([executable], stdin=encode(request) + bytes(4))
         frames = Decoder().receive_data(done.stdout)
         assert {frame.request for frame in frames} <= {9, 0}
-        assert frames[-1].kind is Kind.ERROR
+        assert Kind.ERROR in {frame.kind for frame in frames}  # hello may be answered after it
         assert done.exit_code == 2
 
     def test_ends_program_and_children_at_the_time_limit(
