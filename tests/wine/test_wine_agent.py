@@ -530,16 +530,29 @@ class TestRequestsThatHang:
         blocked.let_go()
         assert running.result(PATIENCE).exit_code == 0
 
-    def test_are_bounded_and_the_end_does_not_wait_for_them(self, guest: Guest) -> None:
-        link = guest.link()
-        with Agent.connect(link, timeout=START_TIMEOUT) as agent:
-            pid = services(agent).pid
-            futures = [agent.wait_process(pid) for _ in range(100)]
+    def test_are_bounded_and_others_are_served(
+        self, guest: Guest, pool: ThreadPoolExecutor
+    ) -> None:
+        with guest.agent() as waited_for, guest.agent() as agent:
+            futures = [agent.wait_process(waited_for.info.pid) for _ in range(100)]
             refused = until(lambda: _done(futures, at_least=36))
             assert len(refused) < 40
             for future in refused:
                 with pytest.raises(AgentError, match="too many requests at a time"):
                     future.result()
+            # Nor do they stand in the way of what ends them, or of what else there is to do.
+            list(pool.map(agent.fence, map(str, range(200))))
+            agent.put(b"x", rf"{FOLDER}\meanwhile")
+            running = [future for future in futures if not future.done()]
+            agent.terminate(waited_for.info.pid, 5)
+            assert {future.result(PATIENCE) for future in running} == {5}
+            assert agent.run(["cmd", "/c", "exit 3"]).exit_code == 3
+
+    def test_do_not_hold_up_the_end(self, guest: Guest) -> None:
+        link = guest.link()
+        with Agent.connect(link, timeout=START_TIMEOUT) as agent:
+            for _ in range(100):
+                agent.wait_process(services(agent).pid)
         assert link.returncode == 0
 
 

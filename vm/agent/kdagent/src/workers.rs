@@ -4,12 +4,17 @@ use alloc::collections::VecDeque;
 
 use frames::Frame;
 
+use crate::requests::may_hang;
 use crate::server::Server;
 use crate::sync::{Condition, Mutex};
 use crate::thread;
 
-/// The most requests at a time. One that hangs costs a thread and no more, so there may be some of them.
-const MAX_WORKERS: usize = 64;
+/// The most requests at a time that may hang. One costs a thread and no more, so there may be some of them.
+const MAX_HANGING: usize = 64;
+
+/// The most requests at a time. The threads above those that may hang stay for what is to be done about
+/// them.
+const MAX_WORKERS: usize = 2 * MAX_HANGING;
 
 /// The most refusals that wait for a host that does not read.
 const MAX_REFUSALS: usize = 4096;
@@ -24,6 +29,8 @@ struct State {
     requests: VecDeque<Frame>,
     idle: usize,
     threads: usize,
+    /// How many requests that may hang are being served or waiting for it.
+    hanging: usize,
     refusals: VecDeque<Frame>,
     refusing: bool,
 }
@@ -35,6 +42,7 @@ impl Workers {
                 requests: VecDeque::new(),
                 idle: 0,
                 threads: 0,
+                hanging: 0,
                 refusals: VecDeque::new(),
                 refusing: false,
             }),
@@ -42,19 +50,15 @@ impl Workers {
         }
     }
 
-    /// Has the request served, or refused where all threads are busy. Waits for neither.
+    /// Has the request served, or refused where too many threads are busy. Waits for neither.
     ///
     /// An error says that even the refusals are too many.
     pub fn submit(server: &'static Server, request: Frame) -> Result<(), ()> {
         let workers = &server.workers;
+        let hangs = usize::from(may_hang(&request));
         let mut state = workers.state.lock();
-        if state.idle > state.requests.len() {
-            state.requests.push_back(request);
-            workers.wake.wake_one();
-            return Ok(());
-        }
-        if state.threads < MAX_WORKERS && thread::spawn(move || workers.work(server)).is_ok() {
-            state.threads += 1;
+        if state.hanging + hangs <= MAX_HANGING && workers.find_thread(server, &mut state) {
+            state.hanging += hangs;
             state.requests.push_back(request);
             return Ok(());
         }
@@ -71,9 +75,23 @@ impl Workers {
         Ok(())
     }
 
+    /// Wakes or starts a thread for one more request; says whether there is one.
+    fn find_thread(&'static self, server: &'static Server, state: &mut State) -> bool {
+        if state.idle > state.requests.len() {
+            self.wake.wake_one();
+            return true;
+        }
+        let started =
+            state.threads < MAX_WORKERS && thread::spawn(move || self.work(server)).is_ok();
+        state.threads += usize::from(started);
+        started
+    }
+
     fn work(&self, server: &'static Server) {
+        let mut hung = 0;
         loop {
             let mut state = self.state.lock();
+            state.hanging -= hung;
             let request = loop {
                 if let Some(request) = state.requests.pop_front() {
                     break request;
@@ -83,6 +101,7 @@ impl Workers {
                 state.idle -= 1;
             };
             drop(state);
+            hung = usize::from(may_hang(&request));
             server.serve_request(&request);
         }
     }

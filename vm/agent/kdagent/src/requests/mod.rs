@@ -1,6 +1,6 @@
 //! The requests, each a function: message in, message out.
 
-use frames::{Done, Request};
+use frames::{Done, Frame, Request};
 
 use crate::failure::Answer;
 use crate::server::{Reply, Server};
@@ -13,6 +13,19 @@ mod program;
 mod registry;
 mod services;
 mod system;
+
+/// Whether it waits for a driver or a program, so perhaps for ever.
+pub fn may_hang(frame: &Frame) -> bool {
+    matches!(
+        Request::read(frame.operation, &frame.body),
+        Some(Ok(Request::StartService(_)
+            | Request::StopService(_)
+            | Request::LoadDriver(_)
+            | Request::UnloadDriver(_)
+            | Request::WaitProcess(_)
+            | Request::Run(_)))
+    )
+}
 
 /// Does what is asked and answers; an error is the caller's to send.
 pub fn serve(server: &'static Server, request: Request<'_>, reply: &mut Reply) -> Answer {
