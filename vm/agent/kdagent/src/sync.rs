@@ -1,6 +1,7 @@
 //! A mutex and a condition variable, on Windows's slim ones.
 
 use core::cell::UnsafeCell;
+use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 
 use crate::sys;
@@ -26,14 +27,22 @@ impl<T> Mutex<T> {
         // SAFETY: the lock was initialised to SRWLOCK_INIT, which is 0. A guard cannot be moved out of this
         // borrow, so neither can the lock while it is held.
         unsafe { sys::AcquireSRWLockExclusive(self.lock.get()) };
-        Guard { mutex: self }
+        Guard {
+            mutex: self,
+            not_send: PhantomData,
+        }
     }
 }
 
-/// The right to the value of a mutex.
+/// The right to the value of a mutex. It stays with its thread: Windows lets none but the one that took a
+/// slim lock give it back.
 pub struct Guard<'a, T> {
     mutex: &'a Mutex<T>,
+    not_send: PhantomData<*const ()>,
 }
+
+// SAFETY: a shared guard gives shared references to the value, and nothing else.
+unsafe impl<T: Sync> Sync for Guard<'_, T> {}
 
 impl<T> Deref for Guard<'_, T> {
     type Target = T;
