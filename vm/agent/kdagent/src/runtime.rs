@@ -79,8 +79,10 @@ fn panic(info: &PanicInfo<'_>) -> ! {
 #[unsafe(no_mangle)]
 static _fltused: i32 = 0;
 
-/// The prebuilt `core` names it, for unwinding, which does not happen here.
+/// The prebuilt `core` names it, for unwinding, which does not happen here. Windows asks it whenever an
+/// exception passes a function of `core`'s.
 #[unsafe(no_mangle)]
 extern "C" fn __CxxFrameHandler3() -> i32 {
-    exit(EXIT_BUG)
+    const CONTINUE_SEARCH: i32 = 1; // of EXCEPTION_DISPOSITION
+    CONTINUE_SEARCH
 }
