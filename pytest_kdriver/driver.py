@@ -365,6 +365,7 @@ class Driver:
             self._installed_in = None
             if self._state is _State.LOADED:
                 self._state = _State.LOST
+                self._pool.give_up()
 
     def _install(self, limit: float) -> None:
         if self._installed_in != self._target.generation:
@@ -400,6 +401,7 @@ class Driver:
 
     def _lose(self, reason: str) -> None:
         self._state = _State.LOST
+        self._pool.give_up()
         self._target.break_down(reason)
 
     def _late(self, phase: str, routine: str, limit: float, late: CallTimeout) -> DriverTimeout:

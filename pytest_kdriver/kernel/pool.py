@@ -149,6 +149,11 @@ class Pool:
         self._driver = driver
         self._tags = frozenset(tags)
         self._refuse = refuse
+        self._given_up: list[int] = []
+
+    def give_up(self) -> None:
+        """What is in use now went with a guest, or a process, that ended: no later start leaked it."""
+        self._given_up.append(self._window.stop)
 
     @property
     def leaked(self) -> PoolUses:
@@ -205,12 +210,14 @@ class Pool:
         ever: list[PoolAllocated] = []
         double_frees: list[WrongFree] = []
         wrong_tags: list[WrongFree] = []
-        for event in self._window.events():
+        begin = self._window.start
+        for position, event in self._window.numbered():
             if event.driver != self._driver:
                 continue
             if isinstance(event, DriverInitCalled):
-                lost += live.values()
-                live, freed = {}, {}
+                if not any(begin < at <= position for at in self._given_up):
+                    lost += live.values()
+                live, freed, begin = {}, {}, position
                 images.begin(event)
             elif isinstance(event, PoolAllocated) and images.own(event.caller):
                 live[event.address] = event

@@ -32,6 +32,7 @@ from pytest_kdriver import (
     Win32Error,
 )
 from pytest_kdriver.image.cargo import Cargo
+from pytest_kdriver.kernel.events import DriverInitCalled
 
 HELLO = ["Hello, world!", "Bye bye!"]
 
@@ -446,6 +447,34 @@ class TestPool:
             with kdriver.running():
                 pass
             assert kdriver.pool.leaked.total_count == number
+
+    @pytest.mark.kdriver("leaks", leaks="allow")
+    def test_what_a_driver_had_when_it_died_is_no_leak_of_a_later_start(
+        self, kdriver: Driver
+    ) -> None:
+        kdriver.start()
+        (begun,) = kdriver.window.of(DriverInitCalled)
+        kdriver._target.agent.terminate(begun.process)
+        with pytest.raises(DriverCrashed):
+            kdriver.dbgprint.expect("what it never says", timeout=20)
+        assert kdriver.pool.in_use.total_count == 1
+        with kdriver.running():
+            assert kdriver.pool.in_use.total_count == 1
+        assert kdriver.pool.leaked.total_count == 1
+        assert kdriver.pool.allocated.total_count > 1
+
+    @hello
+    def test_what_a_driver_had_when_its_guest_was_put_back_is_no_leak_of_a_later_start(
+        self, kdriver: Driver, kdriver_target: TargetHandle
+    ) -> None:
+        with kdriver_target.driver("leaks", leaks="allow") as leaks:
+            leaks.start()
+            with kdriver_target.driver("panics") as panics, pytest.raises(DriverCrashed):
+                panics.start()
+            leaks.stop()  # it went with its guest
+            with leaks.running():
+                pass
+            assert leaks.pool.leaked.total_count == 1
 
 
 class TestTargetHandle:
