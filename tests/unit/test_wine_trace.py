@@ -297,6 +297,51 @@ def test_nothing_is_sent_and_nothing_is_due() -> None:
     assert source.next_deadline() is None
 
 
+def test_a_driver_that_lives_long_is_not_forgotten() -> None:
+    source = WineTrace()
+    events_of(called(b"old"), returned(b"old"), sender=1, source=source)
+    for number in range(5000):
+        other = b"1.000:%04x:%04x:" % (0x1000 + number, 0x9000 + number)
+        events_of(called(b"new", other), sender=100 + number, source=source)
+        events_of(printed(b"x\n"), sender=1, source=source)
+    events = events_of(
+        HEADER + b"Call ntoskrnl.exe.ExAllocatePool(00000000,00000001) ret=18000102a\n",
+        HEADER + b"Ret  ntoskrnl.exe.ExAllocatePool() retval=00000010 ret=18000102a\n",
+        sender=1,
+        source=source,
+    )
+    assert [event.driver for event in events] == ["old"]
+
+
+def test_a_thread_number_that_comes_back_is_another_thread() -> None:
+    source = WineTrace()
+    events_of(called(b"crashed"), sender=1, source=source)  # never returns
+    event = events_of(printed(b"x\n", b"1.000:0200:0118:"), sender=2, source=source)[0]
+    assert event.driver is None
+
+
+def test_an_unload_that_returns_where_nobody_loaded_does_no_harm() -> None:
+    source = WineTrace()
+    events_of(called(b"a"), sender=1, source=source)
+    unload = b"1.000:0200:0118:Ret  driver unload 0000000180001070 (obj=0000000000376430)\n"
+    assert events_of(unload, sender=2, source=source) == []
+
+
+def test_what_a_dead_process_left_unfinished_is_not_its_successor_s() -> None:
+    source = WineTrace()
+    begun = printed(b"")[: -len(b"00000000:00000001: ")]
+    events_of(called(b"a"), begun, sender=1, source=source)
+    events = events_of(
+        called(b"b", b"1.000:0200:0204:"), b"00000000:00000001: x\n", sender=1, source=source
+    )
+    assert [type(event) for event in events] == [DriverInitCalled]
+
+
+def test_an_exception_code_too_large_to_be_one_is_only_text() -> None:
+    told = b"wine: Unhandled exception 0x123456789 in thread 1 at address 01 (thread 0118), starting debugger"
+    assert isinstance(events_of(called(), told + b"\n")[-1], KernelMessage)
+
+
 MESSAGES = [
     called(),
     printed(b"a\nb\n\n"),

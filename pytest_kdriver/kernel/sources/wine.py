@@ -68,7 +68,8 @@ MAX_MESSAGE: Final = 1 << 20
 """A frame larger than this is an error. Wine writes some 1,100 bytes at a time; a pipe's worth is 64 KiB."""
 
 _REMEMBERED = 4096
-"""How many processes, threads and unanswered calls are kept in mind; the oldest are forgotten."""
+"""How many processes, threads, senders and unanswered calls are kept in mind; those that nothing was heard
+of for the longest are forgotten."""
 
 _HEADER = re.compile(rb"\d+\.\d{3}:([0-9a-f]{4,8}):([0-9a-f]{4,8}):")
 _PRINT = b"warn:debugstr:vDbgPrintExWithPrefix "
@@ -91,7 +92,7 @@ _EXCEPTION = re.compile(
     rb"wine: (.+) at address (?:0x)?([0-9A-Fa-f]+) \(thread ([0-9a-f]+)\), starting debugger"
 )
 _PAGE_FAULT = re.compile(rb"Unhandled page fault on (\w+) access to (?:0x)?([0-9A-Fa-f]+)")
-_EXCEPTION_CODE = re.compile(rb"Unhandled exception 0x([0-9a-f]+)")
+_EXCEPTION_CODE = re.compile(rb"Unhandled exception 0x([0-9a-f]{1,8})\b")
 _MISSING_EXPORT = re.compile(
     rb"wine: Call from (?:0x)?([0-9A-Fa-f]+) to unimplemented function (.+)\.([^.\s]+), aborting"
 )
@@ -124,6 +125,7 @@ def frame(message: bytes, sender: int = 0) -> bytes:
 class _Process:
     """A process of the guest that runs drivers: usually one, Wine's own share one."""
 
+    sender: int
     drivers: list[str] = field(default_factory=list)
     ended: set[str] = field(default_factory=set)
 
@@ -143,17 +145,31 @@ class _PoolCall:
     arguments: list[int]
 
 
+@dataclass(slots=True)
+class _Thread:
+    """A thread of the guest: the driver whose DriverEntry it runs, the pool calls that it is in."""
+
+    process: int
+    running: str | None = None
+    calls: list[_PoolCall] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Sender:
+    """A Unix process that writes to the trace: the guest's process that it is, its unfinished messages."""
+
+    process: int | None = None
+    unfinished: list[bytes] = field(default_factory=list)
+
+
 class WineTrace:
     """The state machine: frames of Wine's trace in, events out."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._unfinished: dict[int, list[bytes]] = {}
         self._processes: OrderedDict[int, _Process] = OrderedDict()
-        self._process_of_thread: OrderedDict[int, int] = OrderedDict()
-        self._process_of_sender: OrderedDict[int, int] = OrderedDict()
-        self._running: dict[int, str] = {}
-        self._pool_calls: OrderedDict[int, list[_PoolCall]] = OrderedDict()
+        self._threads: OrderedDict[int, _Thread] = OrderedDict()
+        self._senders: OrderedDict[int, _Sender] = OrderedDict()
         self._now = 0.0
 
     def receive_data(self, data: bytes, now: float) -> list[Event]:
@@ -185,20 +201,24 @@ class WineTrace:
         """None: nothing here depends on time."""
         return None
 
-    def _receive_message(self, message: bytes, sender: int) -> Event | None:
+    def _receive_message(self, message: bytes, number: int) -> Event | None:
         header = _HEADER.match(message)
+        sender = _recall(self._senders, number)
+        if sender is None:
+            sender = _remember(self._senders, number, _Sender())
         if header is None:
-            waiting = self._unfinished.get(sender)
-            if waiting and not message.startswith(b"wine: "):
-                return self._continue_message(waiting, message, sender)
+            if sender.unfinished and not message.startswith(b"wine: "):
+                return self._continue_message(sender, message, number)
             return self._without_header(message, sender)
         if not message.endswith(b"\n"):
-            self._unfinished.setdefault(sender, []).append(message)
+            if len(sender.unfinished) < _REMEMBERED:
+                sender.unfinished.append(message)
             return None
-        return self._with_header(header, message, sender)
+        return self._with_header(header, message, number)
 
-    def _continue_message(self, waiting: list[bytes], text: bytes, sender: int) -> Event | None:
+    def _continue_message(self, sender: _Sender, text: bytes, number: int) -> Event | None:
         """Join ``text`` with the oldest header of its sender that it fits."""
+        waiting = sender.unfinished
         is_print = _PRINT_LEVELS.match(text) is not None
         fitting = [begun for begun in waiting if begun.endswith(_PRINT) == is_print]
         begun = (fitting or waiting)[0]
@@ -207,27 +227,36 @@ class WineTrace:
         if not message.endswith(b"\n") and len(message) < MAX_MESSAGE:
             waiting.insert(0, message)
             return None
-        if not waiting:
-            del self._unfinished[sender]
         header = _HEADER.match(message)
         assert header is not None
-        return self._with_header(header, message, sender)
+        return self._with_header(header, message, number)
 
-    def _with_header(self, header: re.Match[bytes], message: bytes, sender: int) -> Event | None:
+    def _with_header(self, header: re.Match[bytes], message: bytes, number: int) -> Event | None:
         process, thread = int(header[1], 16), int(header[2], 16)
         body = header.end()
+        self._note_who_speaks(process, thread, number)
         if message.startswith(_PRINT, body):
             return self._print(message, body + len(_PRINT), process, thread)
-        if self._process_of_thread.get(thread) != process:
-            _remember(self._process_of_thread, thread, process)
-        if sender and self._process_of_sender.get(sender) != process:
-            self._forget_process(process)
-            _remember(self._process_of_sender, sender, process)
         if message.startswith((b"Call ", b"Ret  "), body):
-            return self._relay(message[body:], process, thread)
+            return self._relay(message[body:], process, thread, number)
         if message.startswith((b"err:", b"warn:debugstr:"), body):
             return self._told(message[body:], process, thread)
         return None
+
+    def _note_who_speaks(self, process: int, thread: int, number: int) -> None:
+        """Forget what is known of an earlier bearer of any of these numbers."""
+        known = _recall(self._threads, thread)
+        if known is None or known.process != process:
+            _remember(self._threads, thread, _Thread(process))
+        sender = self._senders.get(number)
+        if number and sender is not None and sender.process != process:
+            if sender.process is not None:
+                sender.unfinished.clear()
+            sender.process = process
+        hosted = _recall(self._processes, process)
+        if hosted is not None and number and hosted.sender != number:
+            del self._processes[process]
+            self._threads[thread] = _Thread(process)
 
     def _print(self, message: bytes, at: int, process: int, thread: int) -> Event:
         levels = _PRINT_LEVELS.match(message, at)
@@ -241,22 +270,21 @@ class WineTrace:
             int(levels[2], 16),
         )
 
-    def _relay(self, body: bytes, process: int, thread: int) -> Event | None:
+    def _relay(self, body: bytes, process: int, thread: int, number: int) -> Event | None:
         if call := _POOL_CALL.match(body):
             arguments = [int(argument, 16) for argument in call[2].split(b",") if argument]
-            calls = self._pool_calls.get(thread)
-            if calls is None:
-                _remember(self._pool_calls, thread, calls := [])
-            calls.append(_PoolCall(call[1].decode(), arguments))
+            calls = self._threads[thread].calls
+            if len(calls) < _REMEMBERED:
+                calls.append(_PoolCall(call[1].decode(), arguments))
             return None
         if returned := _POOL_RETURN.match(body):
             return self._pool_returned(returned, process, thread)
         if driver := _DRIVER_CALL.match(body):
-            return self._driver_called(driver, process, thread)
+            return self._driver_called(driver, process, thread, number)
         return None
 
     def _pool_returned(self, returned: re.Match[bytes], process: int, thread: int) -> Event | None:
-        calls = self._pool_calls.get(thread)
+        calls = self._threads[thread].calls
         if not calls or calls[-1].function != returned[1].decode():
             return None
         call = calls.pop()
@@ -290,32 +318,35 @@ class WineTrace:
             bool(value & 0xFF),
         )
 
-    def _driver_called(self, match: re.Match[bytes], process: int, thread: int) -> Event | None:
+    def _driver_called(
+        self, match: re.Match[bytes], process: int, thread: int, number: int
+    ) -> Event | None:
         begins = match[1] == b"Call"
+        hosted = self._processes.get(process)
         if match[2] == b"unload":
             known = self._driver(process, thread)
             if known is None:
                 return None
             if begins:
                 return DriverUnloadCalled(self._now, known, process)
-            self._processes[process].ended.add(known)
+            if hosted is not None:
+                hosted.ended.add(known)
             return DriverUnload(self._now, known, process)
         if match[4] is None:
             return None
         driver = _unescape(match[4])
         if begins:
-            self._running[thread] = driver
-            hosted = self._processes.get(process)
+            self._threads[thread].running = driver
             if hosted is None:
-                _remember(self._processes, process, hosted := _Process())
+                hosted = _remember(self._processes, process, _Process(number))
             hosted.begin(driver)
             return DriverInitCalled(self._now, driver, process, int(match[3], 16))
-        self._running.pop(thread, None)
+        self._threads[thread].running = None
         if match[5] is None:
             return None
         status = NTSTATUS(int(match[5], 16))
-        if status and process in self._processes:
-            self._processes[process].ended.add(driver)
+        if status and hosted is not None:
+            hosted.ended.add(driver)
         return DriverInit(self._now, driver, process, status)
 
     def _told(self, body: bytes, process: int, thread: int) -> Event | None:
@@ -332,15 +363,14 @@ class WineTrace:
             return KernelMessage(self._now, driver, _text(body))
         return None
 
-    def _without_header(self, message: bytes, sender: int) -> Event | None:
+    def _without_header(self, message: bytes, sender: _Sender) -> Event | None:
         if not message.startswith(b"wine: "):
             return None
-        driver = self._driver_of_sender(sender)
+        driver = self._driver_alone_in(sender.process)
         if exception := _EXCEPTION.match(message):
-            thread = int(exception[3], 16)
-            process = self._process_of_thread.get(thread)
-            if driver is None and process is not None:
-                driver = self._driver(process, thread)
+            thread = self._threads.get(int(exception[3], 16))
+            if driver is None and thread is not None:
+                driver = thread.running or self._driver_alone_in(thread.process)
             return self._exception(exception, driver)
         if missing := _MISSING_EXPORT.match(message):
             return MissingExport(
@@ -362,30 +392,26 @@ class WineTrace:
 
     def _driver(self, process: int, thread: int) -> str | None:
         """The driver that runs on this thread, or alone in this process."""
-        running = self._running.get(thread)
-        if running is not None:
-            return running
-        hosted = self._processes.get(process)
-        return hosted.driver if hosted else None
+        return self._threads[thread].running or self._driver_alone_in(process)
 
-    def _forget_process(self, process: int) -> None:
-        """Another Unix process has this number now: what was known of it was of an older one."""
-        if self._processes.pop(process, None) is None:
-            return
-        for thread in [t for t, p in self._process_of_thread.items() if p == process]:
-            self._running.pop(thread, None)
-            self._pool_calls.pop(thread, None)
-
-    def _driver_of_sender(self, sender: int) -> str | None:
-        process = self._process_of_sender.get(sender)
+    def _driver_alone_in(self, process: int | None) -> str | None:
         hosted = self._processes.get(process) if process is not None else None
         return hosted.driver if hosted else None
 
 
-def _remember(memory: OrderedDict[K, V], key: K, value: V) -> None:
+def _remember(memory: OrderedDict[K, V], key: K, value: V) -> V:
     memory[key] = value
     if len(memory) > _REMEMBERED:
         memory.popitem(last=False)
+    return value
+
+
+def _recall(memory: OrderedDict[K, V], key: K) -> V | None:
+    """What is known under ``key``, which is the last to be forgotten from now on."""
+    value = memory.get(key)
+    if value is not None:
+        memory.move_to_end(key)
+    return value
 
 
 def _tag(value: int) -> bytes:
