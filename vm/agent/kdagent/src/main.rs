@@ -38,7 +38,7 @@ static LINKER: [u8; 52] = *b"/ENTRY:start /SUBSYSTEM:CONSOLE /NODEFAULTLIB:msvcr
 #[unsafe(no_mangle)]
 extern "system" fn start() -> ! {
     let Some(end) = End::from_command_line() else {
-        runtime::complain("usage: kdagent [--end stdio]\n");
+        runtime::complain(b"usage: kdagent [--end stdio]\n");
         runtime::exit(64);
     };
     Server::serve(end)

@@ -1,9 +1,10 @@
 //! What a C runtime and `std` would supply: memory, panics, the way out.
 
-use alloc::string::ToString;
 use core::alloc::{GlobalAlloc, Layout};
+use core::fmt::{self, Write};
 use core::panic::PanicInfo;
 use core::ptr::null_mut;
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::sys;
 
@@ -41,7 +42,7 @@ unsafe impl GlobalAlloc for ProcessHeap {
 }
 
 /// Writes to stderr, as far as there is one.
-pub fn complain(text: &str) {
+pub fn complain(text: &[u8]) {
     let mut count = 0;
     // SAFETY: the buffer is as long as told; a handle that is none makes it fail, which is all right.
     unsafe {
@@ -67,11 +68,33 @@ pub fn exit(code: u32) -> ! {
     }
 }
 
+/// As much of a text as fits, without the heap: it may be the reason for the panic, or locked.
+struct Words {
+    text: [u8; 1024],
+    length: usize,
+}
+
+impl Write for Words {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for (place, byte) in self.text[self.length..].iter_mut().zip(text.bytes()) {
+            *place = byte;
+            self.length += 1;
+        }
+        Ok(())
+    }
+}
+
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    complain("kdagent: ");
-    complain(&info.to_string());
-    complain("\n");
+    static PANICKING: AtomicBool = AtomicBool::new(false);
+    if !PANICKING.swap(true, Ordering::Relaxed) {
+        let mut words = Words {
+            text: [0; 1024],
+            length: 0,
+        };
+        let _ = writeln!(words, "kdagent: {info}");
+        complain(&words.text[..words.length]);
+    }
     exit(EXIT_BUG)
 }
 
