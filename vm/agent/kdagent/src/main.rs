@@ -37,6 +37,13 @@ static LINKER: [u8; 52] = *b"/ENTRY:start /SUBSYSTEM:CONSOLE /NODEFAULTLIB:msvcr
 /// Where Windows begins.
 #[unsafe(no_mangle)]
 extern "system" fn start() -> ! {
+    // Nobody is there to click a box away: not ours, nor one of a program that we start, which inherits this.
+    // SAFETY: no preconditions.
+    unsafe {
+        sys::SetErrorMode(
+            sys::SEM_FAILCRITICALERRORS | sys::SEM_NOGPFAULTERRORBOX | sys::SEM_NOOPENFILEERRORBOX,
+        )
+    };
     let Some(end) = End::from_command_line() else {
         runtime::complain(b"usage: kdagent [--end stdio]\n");
         runtime::exit(64);

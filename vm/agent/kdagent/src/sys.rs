@@ -32,6 +32,10 @@ pub const STD_ERROR_HANDLE: u32 = -12i32 as u32;
 pub const HANDLE_FLAG_INHERIT: u32 = 1;
 pub const STACK_SIZE_PARAM_IS_A_RESERVATION: u32 = 0x0001_0000;
 
+pub const SEM_FAILCRITICALERRORS: u32 = 1;
+pub const SEM_NOGPFAULTERRORBOX: u32 = 2;
+pub const SEM_NOOPENFILEERRORBOX: u32 = 0x8000;
+
 pub const GENERIC_READ: u32 = 0x8000_0000;
 pub const GENERIC_WRITE: u32 = 0x4000_0000;
 pub const FILE_SHARE_READ: u32 = 1;
@@ -286,6 +290,7 @@ unsafe extern "system" {
     ) -> Bool;
     pub fn ReleaseSRWLockExclusive(lock: *mut usize);
     pub fn ResumeThread(thread: Handle) -> u32;
+    pub fn SetErrorMode(mode: u32) -> u32;
     pub fn SetHandleInformation(handle: Handle, mask: u32, flags: u32) -> Bool;
     pub fn SetInformationJobObject(
         job: Handle,
