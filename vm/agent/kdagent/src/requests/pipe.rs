@@ -4,7 +4,6 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::cell::UnsafeCell;
 use core::ptr::{null, null_mut};
 use core::sync::atomic::{AtomicU32, Ordering};
 
@@ -30,9 +29,10 @@ pub struct Pipe<'a> {
     way: Way<'a>,
     truncated: bool,
     in_flight: bool,
-    /// Both belong to the system while a transfer is on its way, so they have a place that stays.
-    overlapped: Box<UnsafeCell<sys::Overlapped>>,
-    buffer: Box<[u8]>,
+    /// Both are boxes of ours that belong to the system while a transfer is on its way. So they are
+    /// pointers: to move or to borrow a box would claim what is in it.
+    overlapped: *mut sys::Overlapped,
+    buffer: *mut [u8],
 }
 
 impl<'a> Pipe<'a> {
@@ -106,8 +106,8 @@ impl<'a> Pipe<'a> {
             way,
             truncated: false,
             in_flight: false,
-            overlapped: Box::new(UnsafeCell::new(overlapped)),
-            buffer: vec![0; CHUNK].into_boxed_slice(),
+            overlapped: Box::into_raw(Box::new(overlapped)),
+            buffer: Box::into_raw(vec![0; CHUNK].into_boxed_slice()),
         };
         Ok((pipe, end))
     }
@@ -128,18 +128,20 @@ impl<'a> Pipe<'a> {
         let Some(file) = &self.file else {
             return false;
         };
-        let overlapped = self.overlapped.get();
-        let buffer = self.buffer.as_mut_ptr();
+        let (buffer, overlapped) = (self.buffer.cast::<u8>(), self.overlapped);
         let result = match &self.way {
             Way::In([]) => return false,
             Way::In(data) => {
                 let count = data.len().min(CHUNK);
-                self.buffer[..count].copy_from_slice(&data[..count]);
-                // SAFETY: buffer and structure stay until the transfer is over: `drop` sees to it.
-                unsafe { sys::WriteFile(file.raw(), buffer, count as u32, null_mut(), overlapped) }
+                // SAFETY: no transfer is on its way, so the buffer is ours, and as long. Buffer and structure
+                // stay until the transfer is over: `drop` sees to it.
+                unsafe {
+                    buffer.copy_from_nonoverlapping(data.as_ptr(), count);
+                    sys::WriteFile(file.raw(), buffer, count as u32, null_mut(), overlapped)
+                }
             }
             Way::Out { .. } => {
-                // SAFETY: as above.
+                // SAFETY: buffer and structure stay, as above.
                 unsafe { sys::ReadFile(file.raw(), buffer, CHUNK as u32, null_mut(), overlapped) }
             }
         };
@@ -155,7 +157,7 @@ impl<'a> Pipe<'a> {
         let mut count = 0;
         // SAFETY: the structure is this file's transfer's.
         let result =
-            unsafe { sys::GetOverlappedResult(file.raw(), self.overlapped.get(), &mut count, 0) };
+            unsafe { sys::GetOverlappedResult(file.raw(), self.overlapped, &mut count, 0) };
         if result == 0 {
             // SAFETY: no preconditions.
             if unsafe { sys::GetLastError() } != sys::ERROR_IO_INCOMPLETE {
@@ -170,7 +172,8 @@ impl<'a> Pipe<'a> {
             Way::In(data) => *data = &data[count..],
             Way::Out { kept, limit } => {
                 let room = count.min(*limit - kept.len());
-                kept.extend_from_slice(&self.buffer[..room]);
+                // SAFETY: the transfer is over, so the buffer is ours.
+                kept.extend_from_slice(unsafe { &(&*self.buffer)[..room] });
                 self.truncated |= room < count;
             }
         }
@@ -188,13 +191,18 @@ impl<'a> Pipe<'a> {
 impl Drop for Pipe<'_> {
     fn drop(&mut self) {
         if let Some(file) = self.file.as_ref().filter(|_| self.in_flight) {
-            let (overlapped, mut count) = (self.overlapped.get(), 0);
+            let mut count = 0;
             // SAFETY: the structure is this file's transfer's. The system lets go of it and of the buffer
             // before the second call returns.
             unsafe {
-                sys::CancelIoEx(file.raw(), overlapped);
-                sys::GetOverlappedResult(file.raw(), overlapped, &mut count, sys::TRUE);
+                sys::CancelIoEx(file.raw(), self.overlapped);
+                sys::GetOverlappedResult(file.raw(), self.overlapped, &mut count, sys::TRUE);
             }
+        }
+        // SAFETY: `new` made them of boxes, and no transfer is on its way any more.
+        unsafe {
+            drop(Box::from_raw(self.overlapped));
+            drop(Box::from_raw(self.buffer));
         }
     }
 }
