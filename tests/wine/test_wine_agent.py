@@ -246,6 +246,20 @@ class TestFiles:
                 assert other.get(rf"{FOLDER}\left\file") == b"new", number
         assert {path.name for path in folder.iterdir()} == {"file", "other"}
 
+    def test_may_be_far_below_and_their_paths_written_in_any_way(
+        self, guest: Guest, agent: Agent
+    ) -> None:
+        path = FOLDER + r"/a\\\b/" + "c/" * 90 + "file"
+        agent.put(b"below", path)
+        agent.put(b"beside", path + "2")
+        assert guest.host_path(path).read_bytes() == b"below"
+        assert agent.get(path + "2") == b"beside"
+
+    @pytest.mark.parametrize("depth", [1_000, 4_000, 100_000])
+    def test_that_are_too_far_below_are_refused(self, agent: Agent, depth: int) -> None:
+        with pytest.raises(AgentError):
+            agent.put(b"", "Q:" + r"\d" * depth)
+
     def test_in_no_folder_are_not_there(self, agent: Agent) -> None:
         assert agent.hash(rf"{FOLDER}\no\such\folder") is None
 

@@ -19,6 +19,9 @@ use crate::{sys, text};
 /// How much of a file is in memory at a time.
 const CHUNK: usize = 256 << 10;
 
+/// The longest path that Windows has, in units with the NUL.
+const MAX_PATH: usize = 32_768;
+
 /// The most files on their way in at a time.
 const MAX_UPLOADS: usize = 64;
 
@@ -132,27 +135,46 @@ pub fn delete(path: &str) -> Answer {
 
 /// Makes the folder that `path` is to be in, and those above it.
 fn create_parents(path: &str) -> Answer {
-    let Some(end) = path.rfind(['\\', '/']) else {
-        return Ok(());
-    };
-    let parent = &path[..end];
-    let name = text::wide(parent)?;
-    for attempt in 0..2 {
-        // SAFETY: the path ends with a NUL.
-        let result = unsafe { sys::CreateDirectoryW(name.as_ptr(), null()) };
-        match check(result, "create the folder") {
+    let mut path = text::wide(path)?;
+    if path.len() > MAX_PATH {
+        return Err(Failure::Refused("the path is too long"));
+    }
+    let is_end = |&place: &usize| [b'\\', b'/'].map(u16::from).contains(&path[place]);
+    let ends: Vec<usize> = (0..path.len()).filter(is_end).collect();
+    // Up to the first folder that is there or can be made, and down again.
+    let mut first = ends.len();
+    while let Some(above) = first.checked_sub(1) {
+        first = above;
+        match create_folder(&mut path, ends[first]) {
             Err(Failure::Win32 {
                 code: sys::ERROR_PATH_NOT_FOUND,
                 ..
-            }) if attempt == 0 => create_parents(parent)?,
-            Err(Failure::Win32 {
-                code: sys::ERROR_ALREADY_EXISTS,
-                ..
-            }) => break,
-            result => return result,
+            }) if first > 0 => {}
+            result => {
+                result?;
+                break;
+            }
         }
     }
-    Ok(())
+    ends.iter()
+        .skip(first + 1)
+        .try_for_each(|&end| create_folder(&mut path, end))
+}
+
+/// Makes the folder that the path has up to `end`, where it is not there.
+fn create_folder(path: &mut [u16], end: usize) -> Answer {
+    let separator = core::mem::replace(&mut path[end], 0);
+    // SAFETY: the path ends with a NUL.
+    let result = unsafe { sys::CreateDirectoryW(path.as_ptr(), null()) };
+    let result = check(result, "create the folder");
+    path[end] = separator;
+    match result {
+        Err(Failure::Win32 {
+            code: sys::ERROR_ALREADY_EXISTS,
+            ..
+        }) => Ok(()),
+        result => result,
+    }
 }
 
 /// The names of all files on their way in, from before they are made until they are gone.
