@@ -747,6 +747,23 @@ class TestMalformedMessages:
             assert complaint in stream.error()
             stream.ask(messages.Fence(cookie="still there"), messages.Done)
 
+    def test_a_file_that_becomes_shorter_while_it_is_read_is_told(self, guest: Guest) -> None:
+        path = rf"{FOLDER}\shorter"
+        guest.host_path(FOLDER).mkdir(exist_ok=True)
+        guest.host_path(path).write_bytes(bytes(16 << 20))
+        with raw(guest) as stream:
+            stream.send(encode(request_frame(messages.Get(path=path))))
+            first = stream.next()  # nobody reads on, so the agent does not come far
+            assert first is not None
+            assert first.kind is Kind.PART
+            os.truncate(guest.host_path(path), 0)
+            while (frame := stream.next()) is not None and frame.kind is Kind.PART:
+                pass
+            assert frame is not None
+            assert frame.kind is Kind.ERROR
+            error = from_bytes(messages.Error, frame.body)
+        assert "became shorter" in error.message
+
     def test_a_file_that_is_not_what_was_sent_is_refused(self, guest: Guest) -> None:
         path = rf"{FOLDER}\forged"
         with raw(guest) as stream:

@@ -15,6 +15,7 @@ pub const WAIT_TIMEOUT: u32 = 258;
 pub const ERROR_FILE_NOT_FOUND: u32 = 2;
 pub const ERROR_PATH_NOT_FOUND: u32 = 3;
 pub const ERROR_NO_MORE_FILES: u32 = 18;
+pub const ERROR_HANDLE_EOF: u32 = 38;
 pub const ERROR_ALREADY_EXISTS: u32 = 183;
 pub const ERROR_MORE_DATA: u32 = 234;
 pub const ERROR_IO_INCOMPLETE: u32 = 996;

@@ -86,7 +86,14 @@ fn read(file: &Owned, size: u64, mut take: impl FnMut(&[u8])) -> Answer<[u8; 32]
                 &mut at(offset),
             )
         };
-        check(result, "read the file")?;
+        match check(result, "read the file") {
+            // The end of the file, told so where the call names an offset.
+            Err(Failure::Win32 {
+                code: sys::ERROR_HANDLE_EOF,
+                ..
+            }) => count = 0,
+            result => result?,
+        }
         if count == 0 {
             return Err(Failure::Refused(
                 "the file became shorter while it was read",
