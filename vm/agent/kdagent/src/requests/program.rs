@@ -31,7 +31,9 @@ pub fn run(request: &Run<'_>, reply: &mut Reply) -> Answer {
     let (error, their_error) = Pipe::from_program(limit)?;
     let program = Program::start(request, [their_input, their_output, their_error])?;
     let mut pipes = [input, output, error];
-    let timed_out = program.follow(&mut pipes, u64::from(request.time_limit))?;
+    let timed_out = program
+        .follow(&mut pipes, u64::from(request.time_limit))
+        .inspect_err(|_| program.end())?;
     let exit_code = match &program.process {
         Some(process) if !timed_out => Some(exit_code(process)?),
         _ => None,
@@ -107,14 +109,17 @@ impl Program {
                 job: None,
             });
         };
-        let thread = Owned::new(information.thread, "start the program")?;
-        let job = Job::of(&process);
-        // SAFETY: the handle is the program's first thread's.
-        unsafe { sys::ResumeThread(thread.raw()) };
-        Ok(Program {
+        let program = Program {
+            job: Job::of(&process),
             process: Some(process),
-            job,
-        })
+        };
+        match resume(information.thread) {
+            Ok(()) => Ok(program),
+            Err(failure) => {
+                program.end();
+                Err(failure)
+            }
+        }
     }
 
     /// Serves the pipes until the program has ended; says whether its time was up.
@@ -185,6 +190,17 @@ impl Program {
             sys::TerminateProcess(process.raw(), 1);
             sys::WaitForSingleObject(process.raw(), ENDING);
         }
+    }
+}
+
+/// Lets a program begin; takes the handle of its first thread.
+fn resume(thread: sys::Handle) -> Answer {
+    const DOING: &str = "let the program begin";
+    let thread = Owned::new(thread, DOING)?;
+    // SAFETY: the handle is a thread's.
+    match unsafe { sys::ResumeThread(thread.raw()) } {
+        u32::MAX => Err(Failure::last(DOING)),
+        _ => Ok(()),
     }
 }
 
