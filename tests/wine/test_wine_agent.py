@@ -428,9 +428,9 @@ class TestRegistry:
             agent.delete_key(rf"{KEY}\a")
         assert caught.value.code is Win32Error.ERROR_FILE_NOT_FOUND
 
-    @pytest.mark.parametrize("key", ["", "\\", "\\\\"])
-    def test_the_root_is_not_deleted(self, agent: Agent, key: str) -> None:
-        with pytest.raises(AgentError, match="is empty"):
+    @pytest.mark.parametrize("key", ["", "\\", "\\\\", "no-such", "\\no-such\\", "no-such\\\\"])
+    def test_the_root_and_what_is_right_below_are_not_deleted(self, agent: Agent, key: str) -> None:
+        with pytest.raises(AgentError, match="is too short"):
             agent.delete_key(key)
         assert agent.get_value(KEY, "there") == 1
 

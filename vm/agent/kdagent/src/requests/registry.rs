@@ -129,9 +129,9 @@ pub fn delete_value(key: &str, name: &str) -> Answer {
 
 /// Deletes a key and all below it.
 pub fn delete_key(key: &str) -> Answer {
-    // An empty path means HKLM itself, of which Windows would delete all that it can.
-    if key.trim_matches('\\').is_empty() {
-        return Err(Failure::Refused("the path of a key to delete is empty"));
+    // No name means HKLM itself, one alone SOFTWARE or SYSTEM: Windows would delete all that it can.
+    if key.split('\\').filter(|name| !name.is_empty()).count() < 2 {
+        return Err(Failure::Refused("the path of a key to delete is too short"));
     }
     let key = text::wide(key)?;
     // SAFETY: the path ends with a NUL.
