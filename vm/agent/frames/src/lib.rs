@@ -17,6 +17,7 @@
 //! A frame that breaks these rules ends the conversation, for behind it no border is known. A body that
 //! breaks its message's rules is answered by an error, and the conversation goes on.
 #![no_std]
+#![forbid(unsafe_code)]
 
 extern crate alloc;
 

@@ -139,7 +139,8 @@ messages! {
     }
     /// Who is there?
     Hello {
-        /// The version that the host speaks.
+        /// The version that the host speaks. The agent judges it by no more than each frame's own version:
+        /// the host does, by the reply, and can say what to do about it.
         protocol: u32,
     }
     /// Who is there.

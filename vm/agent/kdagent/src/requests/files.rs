@@ -237,6 +237,9 @@ impl Temporary {
     }
 
     /// Puts it in its place, if it is what the host sent.
+    ///
+    /// Once: where Windows still has the old file mapped, that of a driver just unloaded, this may fail. Not
+    /// verified on Windows.
     fn commit(mut self, sha256: &[u8]) -> Answer {
         let file = self.file()?;
         if read(file, size(file)?, |_| {})? != sha256 {
