@@ -70,7 +70,7 @@ class Inner:
     @functools.cached_property
     def length(self) -> float:
         """The seconds that a run takes when everything is cached."""
-        self.undisturbed()
+        self.run_next()
         return self.undisturbed()
 
     def undisturbed(self) -> float:
