@@ -20,6 +20,7 @@ Paths are relative to the file. A key that is not known is an error.
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -122,9 +123,6 @@ def _parse(table: Mapping[str, object], path: Path, root: Path) -> Config:
     isolation = table.get("isolation")
     if isolation is not None and isolation not in ISOLATIONS:
         raise ConfigError(f"{where}: isolation is {isolation!r}; allowed: {', '.join(ISOLATIONS)}")
-    timeout = table.get("timeout", DEFAULT_TIMEOUT)
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or timeout <= 0:
-        raise ConfigError(f"{where}: timeout is {timeout!r}; allowed: seconds, more than 0")
     targets = _targets(table.get("targets", {}), where)
     config = Config(
         root=root,
@@ -132,7 +130,7 @@ def _parse(table: Mapping[str, object], path: Path, root: Path) -> Config:
         isolation=next((known for known in ISOLATIONS if known == isolation), None),
         manifest=_manifest(_string(table, "manifest", where), root, where),
         profile=_string(table, "profile", where) or "dev",
-        timeout=float(timeout),
+        timeout=_seconds(table.get("timeout", DEFAULT_TIMEOUT), where),
         artifacts=_path(_string(table, "artifacts", where), root),
         targets=targets,
     )
@@ -200,6 +198,12 @@ def _string(table: Mapping[str, object], key: str, where: str) -> str | None:
     if value is not None and not (isinstance(value, str) and value):
         raise ConfigError(f"{where}: {key} is {value!r}; allowed: a string")
     return value
+
+
+def _seconds(value: object, where: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+        return float(value)
+    raise ConfigError(f"{where}: timeout is {value!r}; allowed: seconds, more than 0")
 
 
 def _path(value: str | None, root: Path) -> Path | None:

@@ -5,26 +5,29 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypedDict
 
 from pytest_kdriver.config import DEFAULT_TIMEOUT
 from pytest_kdriver.errors import (
+    AgentError,
     CapabilityError,
     ConfigError,
     DriverCrashed,
     DriverError,
     DriverTimeout,
     KdriverError,
+    LinkError,
     PoolError,
     StartFailed,
     StopFailed,
+    TargetError,
     UnloadRefused,
 )
-from pytest_kdriver.guest.agent import Completed, ServiceStatus
+from pytest_kdriver.guest.agent import Agent, Completed
 from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.image.finder import ImageFinder, is_path
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash
@@ -126,15 +129,14 @@ class Driver:
         self._installed_in: int | None = None
         self._started = False
         self._finished = False
-        self._crash_seen_to = len(target.log)
-        self._begin_window()
-
-    def _begin_window(self) -> None:
-        self._window = self._target.log.window(self.service)
+        self._gone = False
+        self._untold: list[KdriverError] = []
+        self._crash_seen_to = self._judged_to = len(target.log)
+        self._window = target.log.window(self.service)
         self._dbgprint = DbgPrint(
             self._window,
             driver=self.service,
-            target=self._target.name,
+            target=target.name,
             on_crash=self._untold_crash,
         )
         self._pool = self._pool_of(self._window)
@@ -175,9 +177,8 @@ class Driver:
     @property
     def service_state(self) -> ServiceState | None:
         """What the service control manager says of the service; None: it has no such service."""
-        status: ServiceStatus | None = self._target.agent.query_service(
-            self.service, timeout=self._timeout
-        )
+        with asking(self._target, "service_state") as agent:
+            status = agent.query_service(self.service, timeout=self._timeout)
         return None if status is None else ServiceState(status.state)
 
     # what can be done
@@ -222,6 +223,8 @@ class Driver:
             raise UnloadRefused(
                 "it has no DriverUnload, so it stays loaded until the guest ends", **self._told()
             ) from None
+        except TimeoutError as error:
+            raise self._slow("stop", "asking the guest to stop it", limit, error) from error
         except Exception:
             raise
         except BaseException:
@@ -238,10 +241,13 @@ class Driver:
         self.start(timeout=timeout)
         try:
             yield self
-        except Exception:
-            # What the body has to say matters more than what the stop has.
-            with suppress(KdriverError):
+        except Exception as error:
+            # What the body has to say matters more than what the stop has, which the verdict will tell.
+            try:
                 self._stop_if_loaded(timeout)
+            except KdriverError as second:
+                self._untold.append(second)
+                error.add_note(f"besides: {second}")
             raise
         self._stop_if_loaded(timeout)
 
@@ -281,14 +287,25 @@ class Driver:
         ``PoolError`` for leaks (unless allowed), double frees and frees with a wrong tag since the last
         ``finish``; ``DriverCrashed``; whatever stopping raises. Can be called again.
         """
-        try:
-            self._raise_crash()
-            self._stop_if_loaded()
-        finally:
-            self._finished = True
-            self._uninstall()
-            self._window.close()
-        self._judge()
+        errors, self._untold = self._untold, []
+        for step in (
+            self._raise_crash,
+            self._stop_if_loaded,
+            self._give_up_if_loaded,
+            self._uninstall,
+        ):
+            try:
+                step()
+            except KdriverError as error:
+                errors.append(error)
+        self._finished = True
+        if not errors:
+            try:
+                self._judge()
+            except KdriverError as error:
+                errors.append(error)
+        self._judged_to = len(self._target.log)
+        raise_first(errors)
 
     def abandon(self) -> None:
         """Let go of it unjudged, as it is after an interrupt; the target will be put back."""
@@ -296,12 +313,21 @@ class Driver:
         self._lose(f"a test of {self.service} was interrupted")
 
     def resume(self) -> None:
-        """Begin a new window, for what is done after ``finish``."""
-        self._started = False
+        """Be as new for what is done after ``finish``; what was seen stays to be seen."""
+        self._started = self._gone = False
         self._state = _State.UNLOADED
-        self._begin_window()
+
+    def _give_up_if_loaded(self) -> None:
+        if self._state is _State.LOADED:
+            self._lose(f"{self.service} could not be stopped")
 
     def _judge(self) -> None:
+        if self._gone and self._leaks == "forbid":
+            raise PoolError(
+                "whether it leaks can't be seen: its guest was put back while it was loaded; "
+                "leaks='allow' does without",
+                **self._told(),
+            )
         if not self._started or self._state is _State.LOST:
             return
         if "pool" not in self._target.capabilities:
@@ -312,7 +338,7 @@ class Driver:
                     **self._told(),
                 )
             return
-        problems = self._pool.problems(leaks=self._leaks == "forbid")
+        problems = self._pool.problems(leaks=self._leaks == "forbid", start=self._judged_to)
         if problems:
             raise PoolError(problems, driver=self.service, target=self._target.name)
 
@@ -326,6 +352,9 @@ class Driver:
                     raise self._slow(
                         "uninstall", "unregistering it", self._timeout, error
                     ) from error
+                except AgentError as error:
+                    self._target.break_down(f"{self.service} could not be unregistered")
+                    raise DriverError(f"unregistering it: {error}", **self._told()) from error
 
     # how
 
@@ -333,16 +362,17 @@ class Driver:
         self, load: Callable[[str, float], LoadOutcome], timeout: float | None
     ) -> LoadOutcome:
         limit = self._timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
         self._enter()
         try:
             self._install(limit)
             self._crash_seen_to = len(self._target.log)
             self._started = True
-            outcome = load(self.service, limit)
+            outcome = load(self.service, max(deadline - time.monotonic(), 0.0))
         except CallTimeout as late:
             raise self._late("start", "DriverEntry", limit, late) from None
         except TimeoutError as error:
-            raise self._slow("install", "copying it in and registering it", limit, error) from error
+            raise self._slow("start", "asking the guest to start it", limit, error) from error
         except Exception:
             raise
         except BaseException:
@@ -365,11 +395,20 @@ class Driver:
             self._installed_in = None
             if self._state is _State.LOADED:
                 self._state = _State.LOST
+                self._gone = True
                 self._pool.give_up()
 
     def _install(self, limit: float) -> None:
         if self._installed_in != self._target.generation:
-            self._target.install(self.service, self.image, self._parameters, limit)
+            try:
+                self._target.install(self.service, self.image, self._parameters, limit)
+            except TimeoutError as error:
+                raise self._slow(
+                    "install", "copying it in and registering it", limit, error
+                ) from error
+            except AgentError as error:
+                self._target.break_down(f"{self.service} is half installed")
+                raise DriverError(f"installing it: {error}", **self._told()) from error
             self._installed_in = self._target.generation
 
     def _raise_crash(self) -> None:
@@ -470,6 +509,41 @@ def need(target: Target, capability: str) -> None:
         )
 
 
+@contextmanager
+def asking(target: Target, what: str) -> Iterator[Agent]:
+    """The target's agent, for something that is no driver's. A lost or slow one is a ``TargetError``."""
+    if target.agent.closed:
+        target.repair()
+    try:
+        yield target.agent
+    except LinkError as error:
+        target.break_down("its agent is gone")
+        raise TargetError(f"{what}: {error}", target=target.name) from error
+    except TimeoutError as error:
+        raise TargetError(f"{what} was not over in time: {error}", target=target.name) from error
+
+
+def raise_first(errors: Sequence[KdriverError]) -> None:
+    """Raise the first of ``errors``, which tells of the others; nothing if there are none."""
+    if errors:
+        for other in errors[1:]:
+            errors[0].add_note(f"besides: {other}")
+        raise errors[0]
+
+
+@dataclass(slots=True)
+class CurrentTest:
+    """What a target's handle has to know of the test that runs, and the verdict of the handle's drivers.
+
+    ``beside`` is the test file's folder, ``drivers`` those that were made for the test, ``untold`` what
+    went wrong with them while the test had something else to raise.
+    """
+
+    beside: Path | None = None
+    drivers: list[Driver] = field(default_factory=list)
+    untold: list[KdriverError] = field(default_factory=list)
+
+
 class Registry:
     """The guest's registry, below HKEY_LOCAL_MACHINE. Keys are written with backslashes."""
 
@@ -478,15 +552,18 @@ class Registry:
 
     def get(self, key: str, name: str) -> int | str | bytes | list[str] | None:
         """A value: REG_DWORD and REG_QWORD, REG_SZ, REG_BINARY, REG_MULTI_SZ. None: there is none."""
-        return self._target.agent.get_value(key, name)
+        with asking(self._target, "reading the registry") as agent:
+            return agent.get_value(key, name)
 
     def set(self, key: str, name: str, value: ParameterValue) -> None:
         """Set a value, and make its key where there is none."""
-        self._target.agent.set_value(key, name, value)
+        with asking(self._target, "writing the registry") as agent:
+            agent.set_value(key, name, value)
 
     def delete(self, key: str, name: str) -> None:
         """Delete a value."""
-        self._target.agent.delete_value(key, name)
+        with asking(self._target, "writing the registry") as agent:
+            agent.delete_value(key, name)
 
 
 class TargetHandle:
@@ -500,10 +577,12 @@ class TargetHandle:
         target: Target,
         images: ImageFinder,
         *,
+        current: CurrentTest | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
         self._target = target
         self._images = images
+        self._current = current or CurrentTest()
         self._timeout = timeout
 
     @property
@@ -541,9 +620,12 @@ class TargetHandle:
         except KeyboardInterrupt:
             driver.abandon()
             raise
-        except BaseException:  # pytest's outcomes, such as a skip, are no Exceptions
-            with suppress(KdriverError):
+        except BaseException as error:  # pytest's outcomes, such as a skip, are no Exceptions
+            try:
                 driver.finish()
+            except KdriverError as second:
+                self._current.untold.append(second)
+                error.add_note(f"besides: {second}")
             raise
         driver.finish()
 
@@ -551,28 +633,26 @@ class TargetHandle:
         self,
         name: str,
         *,
-        beside: Path | None = None,
         service: str | None = None,
         parameters: Mapping[str, ParameterValue] | None = None,
         leaks: Leaks = "forbid",
         tags: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Driver:
-        """The same without the ``with``: the caller has to ``finish`` it.
-
-        A path is looked for below the folder ``beside`` first.
-        """
-        image = self._images.find(name, beside=beside)
-        return Driver(
+        """The same without the ``with``: the caller has to ``finish`` it."""
+        image = self._images.find(name, beside=self._current.beside)
+        driver = Driver(
             self._target,
             image,
-            name=image.stem if is_path(name) else name,
+            name=image.stem.removesuffix("_package") if is_path(name) else name,
             service=service,
             parameters=parameters,
             leaks=leaks,
             tags=tags,
             timeout=self._timeout if timeout is None else timeout,
         )
+        self._current.drivers.append(driver)
+        return driver
 
     def run(
         self,
@@ -584,18 +664,20 @@ class TargetHandle:
     ) -> Completed:
         """Run a program in the guest to its end. Past ``timeout`` seconds it is ended, and told as such."""
         need(self._target, "programs")
-        return self._target.agent.run(
-            command, stdin=stdin, directory=directory, time_limit=timeout, timeout=timeout + 10
-        )
+        with asking(self._target, "run") as agent:
+            return agent.run(command, stdin=stdin, directory=directory, time_limit=timeout)
 
     def put(self, source: Path | bytes, path: str) -> None:
         """Copy a file, or bytes, to ``path`` in the guest; folders are made."""
-        self._target.agent.put(source, path)
+        with asking(self._target, "put") as agent:
+            agent.put(source, path)
 
     def get(self, path: str) -> bytes:
         """The content of the guest's file ``path``."""
-        return self._target.agent.get(path)
+        with asking(self._target, "get") as agent:
+            return agent.get(path)
 
     def delete(self, path: str) -> None:
         """Delete the guest's file ``path``."""
-        self._target.agent.delete(path)
+        with asking(self._target, "delete") as agent:
+            agent.delete(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -49,9 +50,14 @@ def merge(marks: Iterable[Arguments]) -> DriverMark | None:
         return None
     name = str(merged.pop("name"))
     path = name if is_path(name) else None
-    mark = DriverMark(name=PurePath(name).stem if path else name, path=path, **merged)
+    mark = DriverMark(name=path_name(path) if path else name, path=path, **merged)
     check_service_name(mark.service or mark.name)
     return mark
+
+
+def path_name(path: str) -> str:
+    """What the driver at ``path`` is called: cargo-wdk's folder of ``hello`` is ``hello_package``."""
+    return PurePath(path).stem.removesuffix("_package")
 
 
 def _arguments(positional: Sequence[Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def _requires(value: object) -> tuple[str, ...]:
 
 
 def _timeout(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise _wrong("timeout", value, "seconds, more than 0")
     return float(value)
 

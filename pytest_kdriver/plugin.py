@@ -6,7 +6,6 @@ a target is asked for.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -152,6 +151,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         from pytest_kdriver.session import default_isolation
 
         module = item.nodeid.partition("::")[0]
+        session.begin_test(item.path.parent)
         session.prepare(name, isolation or default_isolation(target), module)
 
 
@@ -184,7 +184,6 @@ def kdriver(request: pytest.FixtureRequest, kdriver_target: TargetHandle) -> Ite
     with _plain_failures():
         driver = kdriver_target.make_driver(
             mark.path or mark.name,
-            beside=request.path.parent,
             service=mark.service,
             parameters=mark.parameters,
             leaks=mark.leaks,
@@ -200,28 +199,25 @@ def kdriver(request: pytest.FixtureRequest, kdriver_target: TargetHandle) -> Ite
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
     """Judge the driver behind the test's body, while its result is still open."""
-    driver = pyfuncitem.stash.get(_DRIVER, None)
-    if driver is None:
+    if "kdriver_target" not in pyfuncitem.fixturenames:
         return (yield)
-    from pytest_kdriver.errors import KdriverError
-
     try:
         result = yield
     except (KeyboardInterrupt, pytest.exit.Exception):
-        driver.abandon()
+        if _DRIVER in pyfuncitem.stash:
+            pyfuncitem.stash[_DRIVER].abandon()
         raise
     except BaseException as error:
-        try:
-            driver.finish()
-        except KdriverError as second:
-            error.add_note(f"besides: {second}")
+        verdict = _verdict(pyfuncitem)
+        if verdict is not None and isinstance(error, pytest.skip.Exception):
+            raise verdict from None  # a skip must not hide it
+        if verdict is not None and f"besides: {verdict}" not in getattr(error, "__notes__", ()):
+            error.add_note(f"besides: {verdict}")
         _cut_traceback(pyfuncitem.config, error)
         raise
-    try:
-        driver.finish()
-    except KdriverError as verdict:
-        pyfuncitem.stash[_VERDICT] = verdict
-        raise
+    verdict = _verdict(pyfuncitem)
+    if verdict is not None:
+        raise verdict
     return result
 
 
@@ -234,33 +230,28 @@ def pytest_runtest_makereport(
     verdict = item.stash.get(_VERDICT, None)
     if report.failed and call.excinfo is not None and call.excinfo.value is verdict:
         report.longrepr = call.excinfo.getrepr(style="value")  # no line of the test's did it
+    if report.failed and "kdriver_target" in getattr(item, "fixturenames", ()):
+        _tell(item, report)
     driver = item.stash.get(_DRIVER, None)
-    if driver is None:
-        return report
-    if report.failed:
-        from pytest_kdriver.report.sections import sections
-
-        told = sections(driver)
-        report.sections += told
-        _keep(item, call.when, told)
-    if call.when == "call":
-        driver.resume()
-    elif call.when == "teardown":
-        del item.stash[_DRIVER]
+    if driver is not None:
+        if call.when == "call":
+            driver.resume()
+        elif call.when == "teardown":
+            del item.stash[_DRIVER]
     return report
 
 
 def _session(config: pytest.Config) -> Session:
     if _SESSION not in config.stash:
-        from pytest_kdriver.config import load_config
+        from pytest_kdriver.config import find_root, load_config
         from pytest_kdriver.session import Session
 
         with _usage_errors():
-            settings = load_config(config.rootpath)
-        artifacts = config.option.kdriver_artifacts
-        config.stash[_SESSION] = Session(
-            settings, artifacts=Path(artifacts).absolute() if artifacts else None
-        )
+            settings = load_config(find_root(config.rootpath))
+            artifacts = config.option.kdriver_artifacts
+            config.stash[_SESSION] = Session(
+                settings, artifacts=Path(artifacts).absolute() if artifacts else None
+            )
     return config.stash[_SESSION]
 
 
@@ -312,15 +303,42 @@ def _refuse(item: pytest.Item, error: pytest.UsageError) -> None:
     item.stash[_REFUSED] = str(error)
 
 
-def _keep(item: pytest.Item, when: str, told: Sequence[tuple[str, str]]) -> None:
-    """Write a failed test's sections into the artifacts folder."""
-    artifacts = _session(item.config).artifacts
-    if artifacts is None:
+def _verdict(item: pytest.Function) -> KdriverError | None:
+    """What is wrong with the test's drivers that it does not know; None for nothing."""
+    from pytest_kdriver.driver import raise_first
+    from pytest_kdriver.errors import KdriverError
+
+    current = _session(item.config).current
+    errors, current.untold = current.untold, []
+    driver = item.stash.get(_DRIVER, None)
+    try:
+        try:
+            if driver is not None:
+                driver.finish()
+        except KdriverError as error:
+            errors.append(error)
+        raise_first(errors)
+    except KdriverError as verdict:
+        item.stash[_VERDICT] = verdict
+        return verdict
+    return None
+
+
+def _tell(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Put what was seen of a failed test's drivers into its report, and into the artifacts folder."""
+    session = _session(item.config)
+    if not session.current.drivers:
         return
-    artifacts.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^\w.\-\[\]]+", "_", item.nodeid)[-150:]
-    text = "".join(f"=== {title} ===\n{content}\n\n" for title, content in told)
-    (artifacts / f"{name}.{when}.txt").write_text(text, encoding="utf-8")
+    from pytest_kdriver.report.artifacts import keep
+    from pytest_kdriver.report.sections import sections
+
+    told = sections(session.current.drivers)
+    report.sections += told
+    if session.artifacts is not None:
+        try:
+            keep(session.artifacts, f"{item.nodeid}.{report.when}", told)
+        except OSError as error:
+            report.sections.append(("Artifacts", f"could not be written: {error}"))
 
 
 @contextmanager

@@ -5,22 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 from pytest_kdriver.config import Config, Isolation, TargetConfig
-from pytest_kdriver.driver import TargetHandle
-from pytest_kdriver.errors import TargetError
+from pytest_kdriver.driver import CurrentTest, TargetHandle
+from pytest_kdriver.errors import BuildError, ConfigError, TargetError
 from pytest_kdriver.image.finder import ImageFinder
 from pytest_kdriver.targets.target import Target
 from pytest_kdriver.targets.wine import WineTarget
 
 
 class Session:
-    """The targets of a run, by name. ``artifacts`` is the folder for what failed tests leave."""
+    """The targets of a run, by name. ``artifacts`` is the folder for what failed tests leave.
+
+    Raises ``ConfigError`` where that can't be a folder.
+    """
 
     def __init__(self, config: Config, *, artifacts: Path | None = None) -> None:
         self.config = config
         self.artifacts = artifacts or config.artifacts
+        if self.artifacts is not None:
+            try:
+                self.artifacts.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"artifacts: {error}") from error
+        self.current = CurrentTest()
         self.images = ImageFinder(config.root, config.manifest, profile=config.profile)
         self._targets: dict[str, Target] = {}
-        self._failed: dict[str, TargetError] = {}
+        self._failed: dict[str, str] = {}
         self._modules: dict[str, set[str]] = {}
         """Whose traces are in each target: the modules that had it since it was put back."""
 
@@ -39,27 +48,36 @@ class Session:
 
     def handle(self, name: str) -> TargetHandle:
         """The same, as a test may use it."""
-        return TargetHandle(self.target(name), self.images, timeout=self.config.timeout)
+        return TargetHandle(
+            self.target(name), self.images, current=self.current, timeout=self.config.timeout
+        )
+
+    def begin_test(self, beside: Path) -> None:
+        """Forget the last test; the next one's file lies in the folder ``beside``."""
+        self.current.beside = beside
+        self.current.drivers.clear()
+        self.current.untold.clear()
 
     def prepare(self, name: str, isolation: Isolation, module: str) -> None:
         """Have the target ready for a test of ``module``, put back as ``isolation`` wants it.
 
-        A target that could not be started is not tried again: the same ``TargetError`` comes each time.
+        A target that could not be started at first is not tried again: the same comes each time.
         """
         if name in self._failed:
-            raise self._failed[name]
+            raise TargetError(self._failed[name])
         target = self.target(name)
-        try:
-            target.start()
-            modules = self._modules.setdefault(name, set())
-            if isolation == "test" or (isolation == "module" and modules - {module}):
-                target.revert()
-                modules.clear()
-            else:
-                target.repair()
-        except TargetError as error:
-            self._failed[name] = error
-            raise
+        if name not in self._modules:
+            try:
+                target.start()
+            except (TargetError, BuildError) as error:
+                self._failed[name] = str(error)
+                raise
+        modules = self._modules.setdefault(name, set())
+        if isolation == "test" or (isolation == "module" and modules - {module}):
+            target.revert()
+            modules.clear()
+        else:
+            target.repair()
         modules.add(module)
 
     def close(self) -> None:
@@ -71,6 +89,7 @@ class Session:
         """Close one; if it is needed again, it is made anew."""
         target = self._targets.pop(name, None)
         self._modules.pop(name, None)
+        self._failed.pop(name, None)
         if target is not None:
             target.close()
 

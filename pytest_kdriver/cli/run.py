@@ -16,6 +16,7 @@ from pytest_kdriver.errors import ConfigError, DriverError, StartFailed
 from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.kernel.events import DebugPrint
 from pytest_kdriver.kernel.log import Window
+from pytest_kdriver.kernel.text import printable
 from pytest_kdriver.session import Session
 from pytest_kdriver.targets.target import ParameterValue
 
@@ -70,15 +71,16 @@ def call(options: argparse.Namespace) -> int:
     target = options.vm or (config.vm[0] if config.vm else "wine")
     parameters = _parameters(options.parameter)
     name = options.driver
-    if Path(name).exists() and "/" not in name:
+    if "/" not in name and Path(name).is_file():
         name = f"./{name}"
     session = Session(config)
     try:
+        session.images.find(name, beside=Path.cwd())  # what isn't there needs no target to say so
+        session.current.beside = Path.cwd()
         handle = session.handle(target)
         session.prepare(target, "none", "")
         driver = handle.make_driver(
             name,
-            beside=Path.cwd(),
             service=options.service,
             parameters=parameters,
             timeout=options.timeout,
@@ -100,22 +102,19 @@ def _run(driver: Driver, seconds: float) -> int:
 
 def _load_and_unload(driver: Driver, seconds: float) -> str | None:
     """What went wrong, None for nothing."""
+    wrong = []
     try:
-        try:
-            _say(f"DriverEntry returned {driver.start()}")
-            _wait(seconds)
-        finally:
-            driver.finish()
+        _say(f"DriverEntry returned {driver.start()}")
+        _wait(seconds)
     except StartFailed as error:
-        return str(error.status) + _besides(error)
+        wrong.append(str(error) if error.status.is_success else str(error.status))
     except DriverError as error:
-        return str(error)
-    return None
-
-
-def _besides(error: StartFailed) -> str:
-    """A success that is none here has to be explained."""
-    return f"\n{error}" if error.status.is_success else ""
+        wrong.append(str(error))
+    try:
+        driver.finish()
+    except DriverError as error:
+        wrong.append(str(error))
+    return "\n".join(wrong) or None
 
 
 def _wait(seconds: float) -> None:
@@ -141,15 +140,18 @@ def _live(window: Window) -> Iterator[None]:
 def _follow(window: Window, done: threading.Event) -> None:
     position = window.start
     while True:
-        last_look = done.is_set()
+        last_look, end = done.is_set(), len(window.log)
         for at, event in window.numbered(position):
             position = at + 1
             if isinstance(event, DebugPrint):
-                for line in event.lines:
-                    print(line, flush=True)
+                try:
+                    for line in event.lines:
+                        print(printable(line), flush=True)
+                except BrokenPipeError:
+                    return  # nobody looks any more
         if last_look:
             return
-        window.log.wait(max(position, len(window.log)), time.monotonic() + POLL)
+        window.log.wait(max(position, end), time.monotonic() + POLL)
 
 
 def _parameters(settings: Sequence[str]) -> dict[str, ParameterValue]:

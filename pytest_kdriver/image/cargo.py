@@ -29,7 +29,7 @@ class Cargo:
     """A cargo workspace with drivers in it.
 
     ``profile`` is cargo's: "dev", "release" or one of the workspace's own. Builds are kept for the
-    life of the object; cargo's own lock keeps processes apart.
+    life of the object, failed ones too; cargo's own lock keeps processes apart.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Cargo:
         self._toolchain = toolchain
         self._packages: dict[str, Package] | None = None
         self._target_directory = Path()
-        self._built: dict[tuple[str, tuple[str, ...]], Path] = {}
+        self._built: dict[tuple[str, tuple[str, ...]], Path | BuildError] = {}
 
     def packages(self) -> dict[str, Package]:
         """The workspace's packages by name. Raises ``BuildError``."""
@@ -61,8 +61,14 @@ class Cargo:
         """
         key = (name, tuple(sorted(features)))
         if key not in self._built:
-            self._built[key] = self._build(name, key[1])
-        return self._built[key]
+            try:
+                self._built[key] = self._build(name, key[1])
+            except BuildError as error:
+                self._built[key] = error
+        built = self._built[key]
+        if isinstance(built, BuildError):
+            raise built.with_traceback(None)
+        return built
 
     def _build(self, name: str, features: Sequence[str]) -> Path:
         package = self.packages().get(name)

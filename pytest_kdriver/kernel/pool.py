@@ -185,13 +185,13 @@ class Pool:
         self._refuse(False)
         return self._balance().wrong_tags
 
-    def problems(self, *, leaks: bool) -> str:
+    def problems(self, *, leaks: bool, start: int | None = None) -> str:
         """The double frees, frees with a wrong tag and, with ``leaks``, the leaks, as a table for a person.
 
-        "" for none.
+        "" for none. ``start``: only what came from this log position on.
         """
         self._refuse(True)
-        balance = self._balance()
+        balance = self._balance(start)
         parts = []
         if balance.left and leaks:
             left = balance.left
@@ -202,7 +202,7 @@ class Pool:
             parts.append("freed with a wrong tag:\n" + "\n".join(map(str, balance.wrong_tags)))
         return "\n".join(parts)
 
-    def _balance(self) -> _Balance:
+    def _balance(self, start: int | None = None) -> _Balance:
         images = _Images(self._window, self._driver)
         live: dict[int, PoolAllocated] = {}
         freed: dict[int, PoolAllocated] = {}
@@ -211,7 +211,7 @@ class Pool:
         double_frees: list[WrongFree] = []
         wrong_tags: list[WrongFree] = []
         begin = self._window.start
-        for position, event in self._window.numbered():
+        for position, event in self._window.numbered(start):
             if event.driver != self._driver:
                 continue
             if isinstance(event, DriverInitCalled):
@@ -227,9 +227,14 @@ class Pool:
                 block = live.pop(event.address, None)
                 if block is not None:
                     freed[event.address] = block
-                    if event.tag is not None and event.tag != block.tag:
+                    wrong = event.tag is not None and event.tag != block.tag
+                    if wrong and self._counts(block):
                         wrong_tags.append(images.wrong_free(event, block.tag))
-                elif not event.found and event.address in freed:
+                elif (
+                    not event.found
+                    and event.address in freed
+                    and self._counts(freed[event.address])
+                ):
                     double_frees.append(images.wrong_free(event, None))
         return _Balance(
             self._grouped([*lost, *live.values()], images),
@@ -238,13 +243,15 @@ class Pool:
             tuple(wrong_tags),
         )
 
+    def _counts(self, block: PoolAllocated) -> bool:
+        return not self._tags or _tag(block.tag) in self._tags
+
     def _grouped(self, blocks: Iterable[PoolAllocated], images: _Images) -> PoolUses:
         groups: dict[tuple[str, str, Caller], list[int]] = {}
         for block in blocks:
-            tag = _tag(block.tag)
-            if self._tags and tag not in self._tags:
+            if not self._counts(block):
                 continue
-            key = (tag, block.pool_type, images.caller(block.caller))
+            key = (_tag(block.tag), block.pool_type, images.caller(block.caller))
             groups.setdefault(key, []).append(block.size)
         uses = [
             PoolUse(tag, sum(sizes), len(sizes), pool_type, caller)

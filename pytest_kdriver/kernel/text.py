@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 
 from pytest_kdriver.kernel.bugcheck import describe
@@ -22,14 +23,27 @@ from pytest_kdriver.kernel.events import (
 )
 from pytest_kdriver.kernel.log import Window
 
+LOOKED_AT = 20_000
+"""So many of a window's last events are looked at, so that an error behind a flood does not take seconds."""
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(line: str) -> str:
+    r"""``line`` without what a terminal would act on: control characters are shown as ``\xNN``."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", line)
+
 
 def kernel_lines(window: Window, most: int) -> list[str]:
-    """The last ``most`` lines of a window, each with its seconds since the first. Pool calls are left out."""
+    """The last ``most`` lines of a window, each with its seconds. Pool calls are left out.
+
+    The seconds count from the first event that was looked at, of at most ``LOOKED_AT``.
+    """
     lines: deque[str] = deque(maxlen=most)
     begin: float | None = None
-    for event in window.events():
+    for event in window.events(window.stop - LOOKED_AT):
         begin = event.time if begin is None else begin
-        lines += [f"{event.time - begin:8.3f}  {line}" for line in describe_event(event)]
+        lines += [f"{event.time - begin:8.3f}  {printable(line)}" for line in describe_event(event)]
     return list(lines)
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from pytest_kdriver.driver import Driver
 from pytest_kdriver.errors import KdriverError
-from pytest_kdriver.kernel.text import kernel_lines
+from pytest_kdriver.kernel.text import kernel_lines, printable
 
 MOST_LINES: Final = 100
 
 
-def sections(driver: Driver) -> list[tuple[str, str]]:
-    """Titles and texts, for a person: what was printed, the pool, and the kernel log."""
-    return [("DbgPrint", _printed(driver)), ("Pool", _pool(driver)), ("Kernel", _kernel(driver))]
+def sections(drivers: Sequence[Driver]) -> list[tuple[str, str]]:
+    """Titles and texts, for a person: what each driver printed, its pool, and its kernel log."""
+    return [
+        (f"{title} of {driver.service}" if len(drivers) > 1 else title, text(driver))
+        for driver in drivers
+        for title, text in (("DbgPrint", _printed), ("Pool", _pool), ("Kernel", _kernel))
+    ]
 
 
 def _printed(driver: Driver) -> str:
@@ -24,7 +29,7 @@ def _printed(driver: Driver) -> str:
     if not lines:
         return f"{driver.service} printed nothing"
     left_out = [f"... {len(lines) - MOST_LINES} lines before"] if len(lines) > MOST_LINES else []
-    return "\n".join(left_out + lines[-MOST_LINES:])
+    return "\n".join(left_out + [printable(line) for line in lines[-MOST_LINES:]])
 
 
 def _pool(driver: Driver) -> str:

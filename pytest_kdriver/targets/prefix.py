@@ -20,7 +20,7 @@ from filelock import FileLock
 from pytest_kdriver.errors import TargetError
 from pytest_kdriver.kernel.sources.wine import RELAYED
 from pytest_kdriver.paths import cache_directory
-from pytest_kdriver.targets.runs import Run
+from pytest_kdriver.targets.runs import Run, remove_tree
 
 RESOURCE: Final = "wine-prefix"
 _TEMPLATE_TIMEOUT: Final = 600.0
@@ -77,19 +77,28 @@ def find_wine(wanted: str | None = None) -> Wine:
         loader = shutil.which(candidate)
         if loader is None:
             continue
+        if version := _version_of(loader):
+            return Wine(loader, _server_of(loader), version)
+    what = (
+        f"there is no Wine {wanted!r} that runs" if wanted else "there is no Wine on this machine"
+    )
+    raise TargetError(f"{what}; on Debian or Ubuntu: apt-get install wine64 wine")
+
+
+def _version_of(loader: str) -> str:
+    """What ``wine --version`` says; "" where it says nothing, or can't be run."""
+    try:
         done = subprocess.run(
             [loader, "--version"],
             capture_output=True,
             text=True,
             env={**os.environ, "WINEDEBUG": "-all"},
-            check=False,
+            check=True,
             timeout=60,
         )
-        version = done.stdout.strip().removeprefix("wine-")
-        if done.returncode == 0 and version:
-            return Wine(loader, _server_of(loader), version)
-    what = f"there is no Wine {wanted!r}" if wanted else "there is no Wine on this machine"
-    raise TargetError(f"{what}; on Debian or Ubuntu: apt-get install wine64 wine")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip().removeprefix("wine-")
 
 
 def _server_of(loader: str) -> str:
@@ -192,7 +201,7 @@ def end(prefix: Path, *, patience: float = 10.0) -> None:
     deadline = time.monotonic() + patience
     while pids := processes(prefix):
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         if time.monotonic() > deadline:
             raise TargetError(f"processes {pids} of {prefix} can't be ended")
@@ -226,14 +235,17 @@ def remove(prefix: Path) -> None:
 
 def _remove(prefix: Path) -> None:
     _remove_server(prefix)
-    shutil.rmtree(prefix, ignore_errors=True)
+    with contextlib.suppress(
+        OSError
+    ):  # what stays goes with the run's folder, or with the next run
+        remove_tree(prefix)
 
 
 def _remove_server(prefix: Path) -> None:
     """Remove what the wineserver of an ended prefix left outside of it."""
     with contextlib.suppress(OSError):
         for folder in _server_folders(prefix):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
 
 
 def _server_folders(prefix: Path) -> list[Path]:

@@ -7,9 +7,9 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 from typing import Final
 
-from pytest_kdriver.errors import KernelLogError
 from pytest_kdriver.kernel.events import KernelMessage
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.kernel.sources.source import Source
@@ -27,8 +27,11 @@ class MessagePump:
     """Reads messages from an AF_UNIX SOCK_SEQPACKET socket until ``close``.
 
     Owns the socket, the source and a thread. Each message goes to the source in a frame that tells
-    its length and its sender's pid.
+    its length and its sender's pid. ``failure`` says why nothing more can be had of the source, None
+    while all is well; whoever writes is not held up even then.
     """
+
+    failure: str | None = None
 
     def __init__(
         self, connection: socket.socket, source: Source, log: KernelLog, name: str
@@ -44,9 +47,8 @@ class MessagePump:
 
     def close(self) -> None:
         """Read what has arrived, then stop; the thread is gone afterwards."""
-        if self._thread.is_alive():
-            self._wake.close()
-            self._thread.join()
+        self._wake.close()
+        self._thread.join()
         self._woken.close()
         self._connection.close()
 
@@ -59,15 +61,21 @@ class MessagePump:
             closing = any(handle == self._woken.fileno() for handle, _ in poll.poll())
             more = True
             while more:
-                data, more = self._receive()
-                try:
-                    self._log.append(self._source.receive_data(data, time.monotonic()))
-                except KernelLogError as error:
-                    told = f"the kernel log ends here: {error}"
-                    self._log.append([KernelMessage(time.monotonic(), None, told)])
-                    return
+                data, more = self._receive(poll)
+                self._feed(data)
 
-    def _receive(self) -> tuple[bytes, bool]:
+    def _feed(self, data: bytes) -> None:
+        if self.failure is not None:
+            return
+        try:
+            events = self._source.receive_data(data, time.monotonic())
+        except Exception as error:  # a mistake of ours must not hold up the guest, nor stay unseen
+            self.failure = f"{type(error).__name__}: {error}"
+            told = f"the kernel log ends here: {self.failure}"
+            events = [KernelMessage(time.monotonic(), None, told)]
+        self._log.append(events)
+
+    def _receive(self, poll: select.poll) -> tuple[bytes, bool]:
         """The frames of a batch of messages, and whether there may be more at once."""
         frames: list[bytes] = []
         receive = self._connection.recvmsg
@@ -77,7 +85,8 @@ class MessagePump:
             except BlockingIOError:
                 return b"".join(frames), False
             if not message and not ancillary:  # the end: nobody holds the other side any more
-                self._connection.shutdown(socket.SHUT_RD)
+                with suppress(KeyError):  # it was said before
+                    poll.unregister(self._connection)
                 return b"".join(frames), False
             sender = _CREDENTIALS.unpack(ancillary[0][2])[0] if ancillary else 0
             frames.append(frame(message, sender))

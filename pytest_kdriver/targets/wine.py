@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias, TypeVar
@@ -85,7 +85,8 @@ def _remove_prefix(path: Path) -> None:
 
 
 def _remove_file(path: Path) -> None:
-    path.unlink(missing_ok=True)
+    with suppress(OSError):  # its folder may be gone, or never have been one
+        path.unlink()
 
 
 SPILL: Final = "spilled-kernel-log"
@@ -142,13 +143,10 @@ class WineTarget:
         """See ``Target``."""
         if self._guest is not None:
             return
-        if self._run is None:
-            collect_garbage(REMOVERS)
-            self._run = Run()
-            self._spill = (self._artifacts or self._run.path) / f"{self._run.path.name}.events"
-            self._run.record(SPILL, self._spill)
-            self._log = KernelLog(self._spill)
         try:
+            if self._run is None:
+                self._begin_run()
+            assert self._run is not None
             self._guest = self._new_guest(self._run)
         except (OSError, AgentError, LinkError, TimeoutError) as error:
             raise TargetError(f"Wine did not start: {error}", target=self.name) from error
@@ -156,15 +154,23 @@ class WineTarget:
         self._touched = False
         self.fence()
 
+    def _begin_run(self) -> None:
+        collect_garbage(REMOVERS)
+        self._run = Run()
+        self._spill = (self._artifacts or self._run.path) / f"{self._run.path.name}.events"
+        self._run.record(SPILL, self._spill)
+        self._log = KernelLog(self._spill)
+
     def close(self) -> None:
         """See ``Target``."""
-        self._end_guest()
-        if self._log is not None:
-            self._log.close()
-        if self._run is not None:
-            _remove_file(self._spill)
-            self._run.close()
-            self._run = None
+        with ExitStack() as last_to_first:
+            run, self._run = self._run, None
+            if run is not None:
+                last_to_first.callback(run.close)
+                last_to_first.callback(_remove_file, self._spill)
+            if self._log is not None:
+                last_to_first.callback(self._log.close)
+            self._end_guest()
 
     def break_down(self, reason: str) -> None:
         """See ``Target``."""
@@ -196,9 +202,14 @@ class WineTarget:
         except TimeoutError:
             seen = None
         else:
+            pump = self._guest.pump
             seen = self.log.window(None, position).wait_for(
-                lambda _, event: isinstance(event, Fence) and event.cookie == cookie, FENCE_TIMEOUT
+                lambda _, event: isinstance(event, Fence) and event.cookie == cookie,
+                0.0 if pump.failure is not None else FENCE_TIMEOUT,
             )
+            if pump.failure is not None:
+                self.break_down("its kernel log broke")
+                raise TargetError(f"its kernel log broke: {pump.failure}", target=self.name)
         if seen is None:
             self.break_down("its kernel log does not flow")
             raise TargetError(
@@ -211,22 +222,23 @@ class WineTarget:
     ) -> None:
         """See ``Target``."""
         self._layouts[service] = read_layout(image)
+        deadline = time.monotonic() + timeout
         agent = self.agent
         path = f"{FOLDER}\\{service}.sys"
         key = f"SYSTEM\\CurrentControlSet\\Services\\{service}\\Parameters"
         with self._agent_errors("install"):
             try:
-                agent.put(image, path, timeout=timeout)
-                agent.create_service(service, path, timeout=timeout)
+                agent.put(image, path, timeout=_left(deadline))
+                agent.create_service(service, path, timeout=_left(deadline))
             except AgentError as error:
-                if agent.query_service(service, timeout=timeout) is None:
+                if agent.query_service(service, timeout=_left(deadline)) is None:
                     raise
                 raise ConfigError(
                     f"target {self.name!r} has a service {service!r} already; "
                     "give this driver's another name, with service="
                 ) from error
             for name, value in parameters.items():
-                agent.set_value(key, name, value, timeout=timeout)
+                agent.set_value(key, name, value, timeout=_left(deadline))
 
     def uninstall(self, service: str, timeout: float) -> None:
         """See ``Target``."""
@@ -273,7 +285,7 @@ class WineTarget:
         if watch is not None and find_crash(self.log.window(service, position), service) is None:
             with suppress(TimeoutError, AgentError):
                 watch.future.result(DEATH_TIMEOUT)
-            if watch.future.done():
+            if watch.future.done() and _tells_of_death(watch.future):
                 self.log.append([_death(service, watch.process, watch.future)])
         return code
 
@@ -309,6 +321,8 @@ class WineTarget:
             except TimeoutError:
                 self.fence()
                 begun = self._last(called, service, position)
+                if isinstance(begun, DriverInitCalled):
+                    self._note_image(begun)
                 raise CallTimeout(self._cut_short(begun, future)) from None
         self.fence()
         if code in _SERVICES_GONE:
@@ -350,10 +364,12 @@ class WineTarget:
         """Have the log say so if ``process`` ends by itself while the driver is loaded."""
         log, watched = self.log, self._watched
         future = self.agent.wait_process(process)
-        watched[process] = _Watch(service, process, future)
+        watch = watched[process] = _Watch(service, process, future)
 
         def ended(future: Future[int]) -> None:
-            if watched.pop(process, None) is None:
+            if not _tells_of_death(future):
+                return
+            if watched.get(process) is not watch or watched.pop(process, None) is not watch:
                 return  # expected
             if isinstance(future.exception(), LinkError):
                 told = "the agent is gone, and with it the guest"
@@ -376,7 +392,7 @@ class WineTarget:
         future = self._guest_agent().wait_process(called.process)
         with suppress(TimeoutError, AgentError):
             future.result(DEATH_TIMEOUT)
-        if future.done():
+        if future.done() and _tells_of_death(future):
             self.log.append([_death(called.driver, called.process, future)])
 
     @contextmanager
@@ -428,11 +444,13 @@ class WineTarget:
     def _end_guest(self) -> None:
         guest, self._guest = self._guest, None
         self._watched.clear()
-        if guest is not None:
+        if guest is None:
+            return
+        with ExitStack() as last_to_first:
+            last_to_first.callback(prefix.remove, guest.path)
+            last_to_first.callback(guest.pump.close)
+            last_to_first.callback(guest.agent.close)
             prefix.end(guest.path)
-            guest.agent.close()
-            guest.pump.close()
-            prefix.remove(guest.path)
 
     def _renew(self) -> None:
         self._end_guest()
@@ -455,6 +473,20 @@ class _Watch:
     service: str
     process: int
     future: Future[int]
+
+
+def _tells_of_death(future: Future[int]) -> bool:
+    """Whether a finished wait means an end: an agent that could not wait says nothing about the process."""
+    error = future.exception()
+    return (
+        error is None
+        or isinstance(error, LinkError)
+        or (isinstance(error, AgentError) and error.code is not None)
+    )
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.0)
 
 
 def _death(service: str, process: int, future: Future[int]) -> ProcessDied:

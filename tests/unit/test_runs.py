@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -82,6 +83,30 @@ def test_an_owner_that_died_before_it_wrote_leaves_a_folder_that_goes_too() -> N
     hidden = runs_directory() / ".999999999-abc"
     hidden.mkdir(parents=True)
     assert collect_garbage({}) == [hidden]
+
+
+def test_a_tree_however_deep_is_removed(tmp_path: Path) -> None:
+    folder = dead_run()
+    deep = os.open(folder, os.O_RDONLY)
+    for _ in range(2000):
+        os.mkdir("d", dir_fd=deep)
+        below = os.open("d", os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = below
+    os.close(deep)
+    assert collect_garbage({}) == [folder]
+    assert not folder.exists()
+
+
+def test_what_can_t_be_removed_is_no_obstacle_to_the_rest(tmp_path: Path) -> None:
+    first, second = sorted([dead_run(tmp_path / "one"), dead_run(tmp_path / "two")])
+
+    def remove(path: Path) -> None:
+        if path.name == "one":
+            raise PermissionError("it is another user's")
+
+    assert len(collect_garbage({"thing": remove})) == 1
+    assert first.exists() != second.exists()
 
 
 def test_the_first_run_of_all_finds_nothing() -> None:
