@@ -49,18 +49,33 @@ impl End {
 
     /// Reads what is there, waiting for it; 0 at the end and after it broke.
     pub fn read(&self, buffer: &mut [u8]) -> usize {
-        let mut count = 0;
-        // SAFETY: the buffer is as long as told.
-        let result = unsafe {
-            sys::ReadFile(
-                self.input,
-                buffer.as_mut_ptr(),
-                buffer.len() as u32,
-                &mut count,
-                null_mut(),
-            )
-        };
-        if result == 0 { 0 } else { count as usize }
+        loop {
+            let mut count = 0;
+            // SAFETY: the buffer is as long as told.
+            let result = unsafe {
+                sys::ReadFile(
+                    self.input,
+                    buffer.as_mut_ptr(),
+                    buffer.len() as u32,
+                    &mut count,
+                    null_mut(),
+                )
+            };
+            match count as usize {
+                _ if result == 0 => return 0,
+                0 if self.is_live_pipe() => {}
+                count => return count,
+            }
+        }
+    }
+
+    /// Of a pipe, no bytes are a write of none, if the other side is still there.
+    fn is_live_pipe(&self) -> bool {
+        let nothing = null_mut();
+        // SAFETY: null stands for nothing; a handle of another kind makes it fail.
+        let result =
+            unsafe { sys::PeekNamedPipe(self.input, null_mut(), 0, nothing, nothing, nothing) };
+        result != 0
     }
 
     /// Writes all of it, or says that the stream broke.

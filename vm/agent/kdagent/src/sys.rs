@@ -280,6 +280,14 @@ unsafe extern "system" {
     pub fn MoveFileExW(from: *const u16, to: *const u16, flags: u32) -> Bool;
     pub fn OpenProcess(access: u32, inherit: Bool, pid: u32) -> Handle;
     pub fn OutputDebugStringA(text: *const u8);
+    pub fn PeekNamedPipe(
+        pipe: Handle,
+        buffer: *mut u8,
+        size: u32,
+        count: *mut u32,
+        available: *mut u32,
+        left: *mut u32,
+    ) -> Bool;
     pub fn Process32FirstW(snapshot: Handle, entry: *mut ProcessEntry) -> Bool;
     pub fn Process32NextW(snapshot: Handle, entry: *mut ProcessEntry) -> Bool;
     pub fn ReadFile(
