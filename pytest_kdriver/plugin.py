@@ -326,8 +326,8 @@ def _verdict(item: pytest.Function) -> KdriverError | None:
 
 def _tell(item: pytest.Item, report: pytest.TestReport) -> None:
     """Put what was seen of a failed test's drivers into its report, and into the artifacts folder."""
-    session = _session(item.config)
-    if not session.current.drivers:
+    session = item.config.stash.get(_SESSION, None)
+    if session is None or not session.current.drivers:
         return
     from pytest_kdriver.report.artifacts import keep
     from pytest_kdriver.report.sections import sections

@@ -538,7 +538,7 @@ class TestTargetHandle:
             return driver
 
         def start_and(body: Callable[[], object]) -> None:
-            with kdriver_target.driver("leaks") as driver:
+            with kdriver_target.driver("leaks", leaks="allow") as driver:
                 drivers.append(driver)
                 driver.start()
                 body()
@@ -577,7 +577,7 @@ class TestCrash:
             driver.dbgprint.wait_for("about to *", timeout=0)
             assert not driver.loaded
 
-    @hello
+    @pytest.mark.kdriver("hello", leaks="allow")
     def test_of_another_driver_takes_this_one_with_it_and_it_can_be_started_again(
         self, kdriver: Driver, kdriver_target: TargetHandle
     ) -> None:
@@ -587,3 +587,15 @@ class TestCrash:
         kdriver.stop()
         with kdriver.running():
             assert kdriver.service_state is ServiceState.RUNNING
+
+    def test_of_another_driver_leaves_this_one_s_leaks_unseen_and_says_so(
+        self, kdriver_target: TargetHandle
+    ) -> None:
+        def lose_one() -> None:
+            with kdriver_target.driver("hello") as lost, kdriver_target.driver("panics") as panics:
+                lost.start()
+                with pytest.raises(DriverCrashed):
+                    panics.start()
+
+        with pytest.raises(PoolError, match="its guest was put back while it was loaded"):
+            lose_one()

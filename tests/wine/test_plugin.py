@@ -590,6 +590,102 @@ class TestVerdict:
         }
         assert "1 block, 64 bytes leaked" in failure(result, "test_leak_at_teardown[wine]")
 
+    def test_nothing_is_swallowed_behind_an_error_that_the_test_catches(
+        self, project: pytest.Pytester, run: Run, verdicts: Verdicts
+    ) -> None:
+        project.makepyfile(
+            """
+            import pytest
+
+            @pytest.mark.kdriver("panics", parameters={"Where": "cleanup"})
+            def test_crash_in_the_stop(kdriver):
+                with pytest.raises(ValueError):
+                    with kdriver.running():
+                        raise ValueError
+
+            def test_leak_of_another(kdriver_target):
+                with pytest.raises(ValueError):
+                    with kdriver_target.driver("leaks") as leaks:
+                        leaks.start()
+                        raise ValueError
+
+            @pytest.mark.kdriver("leaks")
+            def test_skip(kdriver):
+                kdriver.start()
+                pytest.skip("half way")
+
+            @pytest.mark.kdriver("panics", parameters={"Where": "cleanup"})
+            def test_both_are_told(kdriver):
+                with kdriver.running():
+                    raise ValueError
+
+            @pytest.fixture
+            def looks_back(kdriver):
+                yield
+                assert kdriver.dbgprint.lines == ["Hello, world!", "Bye bye!"]
+
+            @pytest.mark.kdriver("hello")
+            def test_what_was_seen_can_still_be_seen(looks_back, kdriver):
+                kdriver.start()
+            """
+        )
+        result = run("--kdriver-vm", "wine")
+        assert verdicts(result) == {
+            "test_crash_in_the_stop[wine]": "FAILED",
+            "test_leak_of_another[wine]": "FAILED",
+            "test_skip[wine]": "FAILED",
+            "test_both_are_told[wine]": "FAILED",
+            "test_what_was_seen_can_still_be_seen[wine]": "PASSED",
+        }
+        assert "bug check 0x52555354" in failure(result, "test_crash_in_the_stop[wine]")
+        assert "1 block, 64 bytes leaked" in failure(result, "test_leak_of_another[wine]")
+        assert "DbgPrint" in failure(result, "test_leak_of_another[wine]")
+        assert "1 block, 64 bytes leaked" in failure(result, "test_skip[wine]")
+        both = failure(result, "test_both_are_told[wine]")
+        assert "raise ValueError" in both
+        assert "besides: panics on wine: bug check 0x52555354" in both
+
+    def test_a_half_done_install_is_no_obstacle_to_the_next_test(
+        self, project: pytest.Pytester, run: Run, verdicts: Verdicts
+    ) -> None:
+        project.makepyfile(
+            """
+            import pytest
+
+            @pytest.mark.kdriver("hello", parameters={"x" * 20000: 1})
+            def test_a_name_too_long(kdriver):
+                kdriver.start()
+
+            @pytest.mark.kdriver("hello")
+            def test_next(kdriver):
+                kdriver.start()
+            """
+        )
+        result = run("--kdriver-vm", "wine")
+        assert verdicts(result) == {
+            "test_a_name_too_long[wine]": "FAILED",
+            "test_next[wine]": "PASSED",
+        }
+        assert "installing it: set_value" in failure(result, "test_a_name_too_long[wine]")
+
+    def test_an_artifacts_path_that_is_no_folder_ends_the_run_with_a_sentence(
+        self, project: pytest.Pytester, run: Run
+    ) -> None:
+        project.makepyfile(HELLO)
+        (project.path / "taken").write_text("")
+        result = run("--kdriver-vm", "wine", "--kdriver-artifacts=taken")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        assert "artifacts: " in result.stderr.str()
+        assert "Traceback" not in result.stderr.str()
+
+    def test_a_config_above_the_tests_counts(self, project: pytest.Pytester, run: Run) -> None:
+        add_to_config(project, 'vm = "wine"')
+        tests = project.mkdir("tests")
+        (tests / "test_it.py").write_text(HELLO)
+        project.chdir()
+        os.chdir(tests)
+        run().assert_outcomes(passed=1)
+
     def test_crashes(self, project: pytest.Pytester, run: Run, verdicts: Verdicts) -> None:
         project.makepyfile(
             """
@@ -654,7 +750,7 @@ class TestVerdict:
                 kill_process_of("hello")
                 wait_for_death(kdriver)
 
-            @pytest.mark.kdriver("hello")
+            @pytest.mark.kdriver("hello", leaks="allow")
             def test_another_one_crashes_and_the_test_knows(kdriver, kdriver_target):
                 with kdriver.running():
                     with kdriver_target.driver("panics") as panics:
