@@ -13,6 +13,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 CARGO_MANIFESTS := $(wildcard drivers/Cargo.toml vm/agent/Cargo.toml)
+CHECKED_MANIFESTS := $(CARGO_MANIFESTS) bench/floor/Cargo.toml
 ARGS :=
 
 .PHONY: demo test check soak bench format wheel clean setup
@@ -41,12 +42,12 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	scripts/rust check $(CARGO_MANIFESTS)
+	scripts/rust check $(CHECKED_MANIFESTS)
 
 format: setup
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
-	scripts/rust format $(CARGO_MANIFESTS)
+	scripts/rust format $(CHECKED_MANIFESTS)
 
 wheel: setup
 	@$(BIN)/python -m build --no-isolation
