@@ -59,8 +59,8 @@ class Holdings:
         self.processes = len(prefix.processes(target.prefix))
         self.files = sum(len(names) for _, _, names in os.walk(target.prefix))
 
-    def counts(self) -> tuple[int, int, int, int]:
-        return self.descriptors, self.threads, self.processes, self.files
+    def counts(self) -> tuple[int, int, int]:
+        return self.descriptors, self.threads, self.files
 
 
 def _resident_bytes() -> int:
@@ -96,11 +96,13 @@ def test_cycles_leave_nothing(
         after = _settled(target, idle)
     grown = (after.memory - before.memory) / 1e6
     tell(
-        f"{count} cycles in {seconds:.1f} s: memory {grown:+.2f} MB; descriptors, threads, processes, files "
-        f"{before.counts()} -> {after.counts()}"
+        f"{count} cycles in {seconds:.1f} s: memory {grown:+.2f} MB; descriptors, threads, files "
+        f"{before.counts()} -> {after.counts()}; processes {before.processes} -> {after.processes}"
     )
     assert grown < 10
     assert after.counts() == before.counts()
+    # An idle prefix has one more or less of Wine's own, whose coming and going is not ours.
+    assert after.processes <= max(idle, before.processes)
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(500, marks=pytest.mark.soak)])
