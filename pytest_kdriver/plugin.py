@@ -129,7 +129,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.kdriver(**_fields(merged)), append=False)
 
 
-@pytest.hookimpl
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Have the item's target ready before any of its fixtures runs, unless the item is skipped."""
     if _REFUSED in item.stash:
