@@ -59,7 +59,7 @@ START_TIMEOUT: Final = 60.0
 """Seconds for Wine to start and the agent to answer: under one when idle, many on a busy machine."""
 
 START_ATTEMPTS: Final = 3
-"""On a busy machine services.exe was seen, once in hundreds of starts, to be gone before it served anybody."""
+"""On a busy machine services.exe was seen, once in hundreds of starts, to be gone before it served."""
 
 FENCE_TIMEOUT: Final = 30.0
 CUT_TIMEOUT: Final = 5.0
