@@ -211,20 +211,24 @@ def end(prefix: Path, *, patience: float = 10.0) -> None:
 def processes(prefix: Path) -> list[int]:
     """The pids of the programs of ``prefix``, its wineserver among them."""
     wanted = b"WINEPREFIX=" + os.fsencode(prefix)
-    found = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
+    return [
+        int(entry.name)
+        for entry in os.scandir("/proc")
+        if entry.name.isdigit() and wanted in _environment(Path(entry.path)).split(b"\0")
+    ]
+
+
+def _environment(process: Path) -> bytes:
+    """A process's environment; b"" for another user's, and for one that is dead.
+
+    Where the first thread has ended the process still lives in the others, and only they know it: so ends
+    a winedevice.exe that uses libusb when its wineserver dies.
+    """
+    for path in (process / "environ", *process.glob("task/*/environ")):
         with contextlib.suppress(OSError):
-            environment = Path(entry.path, "environ").read_bytes()
-            if wanted in environment.split(b"\0") and not _is_zombie(entry.path):
-                found.append(int(entry.name))
-    return found
-
-
-def _is_zombie(process: str) -> bool:
-    status = Path(process, "stat").read_bytes()
-    return status[status.rindex(b")") + 2 :][:1] == b"Z"
+            if environment := path.read_bytes():
+                return environment
+    return b""
 
 
 def remove(prefix: Path) -> None:
