@@ -712,7 +712,10 @@ class TestMalformedFrames:
                 while stream.next() is not None:
                     pass
             codes.add(stream.link.returncode)
-        assert codes == {2}
+        # A fault in the agent's own code would become a Windows exception, whose code's last byte, 5 for an
+        # access violation, is the exit code. Wine 8 itself now and then (once in some 200 ends) faults when a
+        # process ends while threads of its are being made, which Wine can't turn into anything.
+        assert codes - {-signal.SIGSEGV} == {2}
 
 
 def _frames(data: bytes) -> list[Frame]:
