@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import select
 import socket
 import struct
+import termios
 import threading
 import time
 from contextlib import suppress
@@ -13,7 +16,7 @@ from typing import Final
 from pytest_kdriver.kernel.events import KernelMessage
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.kernel.sources.source import Source
-from pytest_kdriver.kernel.sources.wine import frame
+from pytest_kdriver.kernel.sources.wine import FRAME_HEADER, frame
 
 BATCH: Final = 512
 """Messages taken from the socket before the source sees them: what they cost apart is much more."""
@@ -41,6 +44,10 @@ class MessagePump:
         self._connection = connection
         self._source = source
         self._log = log
+        self._reading = threading.Lock()
+        self._nobody_waits = threading.Event()
+        self._nobody_waits.set()
+        self._ended = False
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name=f"kdriver-pump-{name}", daemon=True)
         self._thread.start()
@@ -52,6 +59,29 @@ class MessagePump:
         self._woken.close()
         self._connection.close()
 
+    def catch_up(self) -> None:
+        """Have the log hold all that was written before this call.
+
+        It is the calling thread that reads, so it costs a system call where nothing is waiting.
+        """
+        self._nobody_waits.clear()
+        try:
+            with self._reading:
+                left = self._waiting()
+                more = True
+                while left > 0 and more:
+                    frames, more = self._receive()
+                    left -= sum(map(len, frames)) - FRAME_HEADER.size * len(frames)
+                    self._feed(frames)
+        finally:
+            self._nobody_waits.set()
+
+    def _waiting(self) -> int:
+        """How many bytes the socket holds: all messages' together, by the kernel's ``unix_inq_len``."""
+        count = array.array("i", [0])
+        fcntl.ioctl(self._connection, termios.FIONREAD, count)
+        return count[0]
+
     def _run(self) -> None:
         poll = select.poll()
         poll.register(self._connection, select.POLLIN)
@@ -61,21 +91,26 @@ class MessagePump:
             closing = any(handle == self._woken.fileno() for handle, _ in poll.poll())
             more = True
             while more:
-                data, more = self._receive(poll)
-                self._feed(data)
+                self._nobody_waits.wait()  # a lock that is released and taken at once goes to no other
+                with self._reading:
+                    frames, more = self._receive()
+                    self._feed(frames)
+            if self._ended:
+                with suppress(KeyError):  # it was done before
+                    poll.unregister(self._connection)
 
-    def _feed(self, data: bytes) -> None:
+    def _feed(self, frames: list[bytes]) -> None:
         if self.failure is not None:
             return
         try:
-            events = self._source.receive_data(data, time.monotonic())
+            events = self._source.receive_data(b"".join(frames), time.monotonic())
         except Exception as error:  # a mistake of ours must not hold up the guest, nor stay unseen
             self.failure = f"{type(error).__name__}: {error}"
             told = f"the kernel log ends here: {self.failure}"
             events = [KernelMessage(time.monotonic(), None, told)]
         self._log.append(events)
 
-    def _receive(self, poll: select.poll) -> tuple[bytes, bool]:
+    def _receive(self) -> tuple[list[bytes], bool]:
         """The frames of a batch of messages, and whether there may be more at once."""
         frames: list[bytes] = []
         receive = self._connection.recvmsg
@@ -83,11 +118,10 @@ class MessagePump:
             try:
                 message, ancillary, _, _ = receive(RECEIVE_BUFFER, _ANCILLARY)
             except BlockingIOError:
-                return b"".join(frames), False
+                return frames, False
             if not message and not ancillary:  # the end: nobody holds the other side any more
-                with suppress(KeyError):  # it was said before
-                    poll.unregister(self._connection)
-                return b"".join(frames), False
+                self._ended = True
+                return frames, False
             sender = _CREDENTIALS.unpack(ancillary[0][2])[0] if ancillary else 0
             frames.append(frame(message, sender))
-        return b"".join(frames), True
+        return frames, True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,3 +100,40 @@ def test_it_rests_when_nobody_is_left_to_talk(pumped: Pumped) -> None:
     log.wait(1, time.monotonic() + 0.3)
     assert time.process_time() - before < 0.2
     pump.close()
+
+
+def test_who_catches_up_has_all_that_was_written_before(pumped: Pumped) -> None:
+    theirs, log, pump, _ = pumped
+    for number in range(1000):
+        theirs.send(b"%d" % number)
+        pump.catch_up()
+        assert len(log) == number + 1
+
+
+def test_who_catches_up_does_not_wait_for_what_is_written_meanwhile(pumped: Pumped) -> None:
+    theirs, log, pump, _ = pumped
+    done = threading.Event()
+
+    def flood() -> None:
+        while not done.is_set():
+            theirs.send(b"more")
+
+    writer = threading.Thread(target=flood)
+    writer.start()
+    try:
+        log.window(None, 0).wait_for(lambda at, _: at > 100, 30.0)
+        for _ in range(20):
+            pump.catch_up()
+    finally:
+        done.set()
+        writer.join()
+    assert len(log) > 100
+
+
+def test_to_catch_up_with_one_that_has_nothing_more_to_say_is_no_wait(pumped: Pumped) -> None:
+    theirs, log, pump, _ = pumped
+    theirs.send(b"last")
+    theirs.shutdown(socket.SHUT_RDWR)
+    pump.catch_up()
+    pump.catch_up()
+    assert [event.raw for event in log.window(None, 0).of(DebugPrint)] == [b"last"]
