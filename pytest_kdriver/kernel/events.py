@@ -108,6 +108,19 @@ class PoolAllocated:
 
 
 @dataclass(frozen=True, slots=True)
+class PoolStack:
+    """Who allocated the pool block at ``address``, which was handed out before.
+
+    ``frames`` are return addresses, innermost first.
+    """
+
+    time: float
+    driver: str | None
+    address: int
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PoolFreed:
     """The pool block at ``address`` was given back. ``found`` is False where there was none.
 
@@ -124,12 +137,16 @@ class PoolFreed:
 
 @dataclass(frozen=True, slots=True)
 class BugCheck:
-    """The kernel, or the driver, called KeBugCheckEx."""
+    """The kernel, or the driver, called KeBugCheckEx.
+
+    ``caller`` is the call's return address, None where the source can't tell.
+    """
 
     time: float
     driver: str | None
     code: int
     parameters: tuple[int, ...]
+    caller: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +211,7 @@ Event: TypeAlias = (
     | DriverUnload
     | ImageLoaded
     | PoolAllocated
+    | PoolStack
     | PoolFreed
     | BugCheck
     | UnhandledException
