@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,12 @@ from pytest_kdriver.targets.runs import Run, remove_tree
 RESOURCE: Final = "wine-prefix"
 _TEMPLATE_TIMEOUT: Final = 600.0
 _CANDIDATES: Final = ("wine64", "/usr/lib/wine/wine64", "wine")
+_OLDEST: Final = (8, 0)
+"""The oldest Wine that the trace and the service control manager's answers were looked at on."""
+
+_VERSION: Final = re.compile(r"wine-((\d+)\.(\d+)\S*)")
+"""Then may follow whose it is: ``wine-8.0 (Debian 8.0~repack-4)``."""
+
 _SETTINGS: Final = f"""Windows Registry Editor Version 5.00
 
 [HKEY_CURRENT_USER\\Software\\Wine\\Debug]
@@ -72,20 +79,28 @@ class Wine:
 
 @functools.cache
 def find_wine(wanted: str | None = None) -> Wine:
-    """The Wine called ``wanted``, else the first that is found. Raises ``TargetError``."""
+    """The Wine called ``wanted``, else the first that is found and new enough. Raises ``TargetError``."""
+    too_old = None
     for candidate in (wanted,) if wanted else _CANDIDATES:
         loader = shutil.which(candidate)
-        if loader is None:
+        told = _VERSION.match(_ask_version(loader)) if loader else None
+        if loader is None or told is None:
             continue
-        if version := _version_of(loader):
-            return Wine(loader, _server_of(loader), version)
+        if (int(told[2]), int(told[3])) >= _OLDEST:
+            return Wine(loader, _server_of(loader), told.string.removeprefix("wine-"))
+        too_old = too_old or f"Wine {told[1]} ({loader}) is too old"
+    if too_old:
+        oldest = ".".join(map(str, _OLDEST))
+        raise TargetError(
+            f"{too_old}: {oldest} or newer is needed; install one, or name it as wine in the target's config"
+        )
     what = (
         f"there is no Wine {wanted!r} that runs" if wanted else "there is no Wine on this machine"
     )
     raise TargetError(f"{what}; on Debian or Ubuntu: apt-get install wine64 wine")
 
 
-def _version_of(loader: str) -> str:
+def _ask_version(loader: str) -> str:
     """What ``wine --version`` says; "" where it says nothing, or can't be run."""
     try:
         done = subprocess.run(
@@ -98,7 +113,7 @@ def _version_of(loader: str) -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip().removeprefix("wine-")
+    return done.stdout.strip()
 
 
 def _server_of(loader: str) -> str:
