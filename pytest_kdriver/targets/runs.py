@@ -75,6 +75,16 @@ def collect_garbage(removers: dict[str, Remover]) -> list[Path]:
     return removed
 
 
+def abandoned_runs() -> list[Path]:
+    """The folders of runs whose owner is gone."""
+    abandoned = []
+    for folder in _folders():
+        with suppress(OSError), _orphaned(folder) as orphan:
+            if orphan:
+                abandoned.append(folder)
+    return abandoned
+
+
 def remove_tree(path: Path) -> None:
     """Remove a folder that a guest may have filled. Raises OSError if it stays.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_kdriver import toolchain
+from pytest_kdriver.cli import main
 from pytest_kdriver.image.cargo import Cargo
 
 KDRIVER = str(Path(sys.executable).with_name("kdriver"))
@@ -224,3 +227,83 @@ def test_without_a_command_says_which_there_are(kdriver: Kdriver) -> None:
     assert done.returncode == 2
     assert "{run,build,gc}" in done.stderr or "COMMAND" in done.stderr
     assert all(command in kdriver("--help").stdout for command in ("run", "build", "gc"))
+
+
+class TestDoctor:
+    def test_finds_all_that_there_is_and_exits_with_0(
+        self, kdriver: Kdriver, left_behind: Callable[[], list[str]]
+    ) -> None:
+        done = kdriver("doctor")
+        assert done.returncode == 0, done.stdout
+        assert re.search(r"^ok +target wine: Wine .*, started in [0-9.]+ s$", done.stdout, re.M)
+        assert "hello" in done.stdout
+        assert done.stdout.endswith("nothing is missing\n")
+        assert left_behind() == []
+
+    def test_names_what_is_missing_and_the_command_that_mends_it(
+        self, kdriver: Kdriver, project: pytest.Pytester
+    ) -> None:
+        project.path.joinpath("kdriver.toml").write_text(
+            'vm = "other"\n[targets.other]\nkind = "wine"\nwine = "/no/such/wine64"\n'
+        )
+        done = kdriver("doctor")
+        assert done.returncode == 1
+        assert "missing  target other: there is no Wine '/no/such/wine64'" in done.stdout
+        assert "apt-get install wine64 wine" in done.stdout
+        assert done.stdout.endswith("target other: missing, see above\n")
+
+    def test_of_a_rust_without_its_target_says_how_to_add_it(
+        self,
+        project: pytest.Pytester,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        for name in ("rustup", "cargo", "rustc"):
+            program = tmp_path / name
+            program.write_text("#!/bin/sh\nexit 1\n")
+            program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setattr(toolchain, "SYSTEM_PROGRAMS", tmp_path / "none")
+        monkeypatch.chdir(project.path)
+        toolchain.find_toolchain.cache_clear()
+        try:
+            assert main(["doctor", "--json"]) == 1
+        finally:
+            toolchain.find_toolchain.cache_clear()
+        found = {finding["name"]: finding for finding in json.loads(capsys.readouterr().out)}
+        assert found["Rust"]["state"] == "missing"
+        assert found["Rust"]["remedy"] == "rustup target add x86_64-pc-windows-msvc"
+        assert "drivers" not in found
+
+    def test_of_a_bad_config_says_where_it_is_wrong(
+        self, kdriver: Kdriver, project: pytest.Pytester
+    ) -> None:
+        project.path.joinpath("kdriver.toml").write_text('vmm = "wine"\n')
+        done = kdriver("doctor")
+        assert done.returncode == 1
+        assert "unknown key 'vmm' (did you mean 'vm'?)" in done.stdout
+
+    def test_of_a_cache_that_cannot_be_made(
+        self, kdriver: Kdriver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("KDRIVER_CACHE", "/proc/no-cache")
+        done = kdriver("doctor")
+        assert done.returncode == 1
+        assert "missing  cache: " in done.stdout
+        assert "set KDRIVER_CACHE" in done.stdout
+
+    def test_for_programs_is_json(self, kdriver: Kdriver) -> None:
+        findings = json.loads(kdriver("doctor", "--json").stdout)
+        assert {finding["state"] for finding in findings} == {"ok"}
+        assert [finding["name"] for finding in findings][-2:] == ["leftovers", "target wine"]
+
+    def test_tells_of_a_killed_run(self, kdriver: Kdriver, own_cache: Path) -> None:
+        folder = own_cache / "runs" / "1-dead"
+        folder.mkdir(parents=True)
+        (folder / "lock").touch()
+        findings = json.loads(kdriver("doctor", "--json").stdout)
+        found = {finding["name"]: finding for finding in findings}
+        assert found["leftovers"]["state"] == "note"
+        assert found["leftovers"]["detail"] == "of 1 killed runs"
+        assert not folder.exists()  # the trial of the target removed it, as any run does

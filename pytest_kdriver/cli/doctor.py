@@ -1,0 +1,217 @@
+"""``kdriver doctor``: what is here, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from pytest_kdriver.config import Config, find_root, load_config
+from pytest_kdriver.errors import BuildError, ConfigError, KdriverError
+from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.image.cargo import Cargo
+from pytest_kdriver.paths import cache_directory
+from pytest_kdriver.session import make_target
+from pytest_kdriver.targets.runs import abandoned_runs
+from pytest_kdriver.toolchain import TARGET, find_toolchain
+
+ROOM: Final = 2 << 30
+"""Bytes that Wine's template, the agent's build and a few runs take in the cache, with a margin."""
+
+
+class State(Enum):
+    """What a finding means for the tests of this project."""
+
+    OK = "ok"
+    NOTE = "note"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What was found of one thing. ``remedy`` is a command, or what to do in words; "" for nothing."""
+
+    name: str
+    state: State
+    detail: str
+    remedy: str = ""
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Describe the command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="tell what is here, what is missing, and what mends it",
+        description="Look at all that the tests of this folder's project need, start its targets for a "
+        "trial, and tell what is missing with the command that mends it. The exit code is 0 if nothing is.",
+    )
+    parser.add_argument("--json", action="store_true", help="as a JSON list, for programs")
+    parser.set_defaults(call=call)
+
+
+def call(options: argparse.Namespace) -> int:
+    """Look, and tell."""
+    findings = []
+    for finding in examine(Path.cwd()):
+        findings.append(finding)
+        if not options.json:
+            print(_line(finding), flush=True)  # a trial takes a while
+    missing = [finding for finding in findings if finding.state is State.MISSING]
+    if options.json:
+        print(json.dumps([{**asdict(f), "state": f.state.value} for f in findings], indent=2))
+    elif missing:
+        print(f"\n{', '.join(finding.name for finding in missing)}: missing, see above")
+    else:
+        print("\nnothing is missing")
+    return 1 if missing else 0
+
+
+def examine(start: Path) -> Iterator[Finding]:
+    """What there is for the project that the folder ``start`` belongs to, one thing after the other."""
+    yield _machine()
+    yield _packages()
+    try:
+        config = load_config(find_root(start))
+    except ConfigError as error:
+        yield Finding(
+            name="config", state=State.MISSING, detail=str(error), remedy="mend that file"
+        )
+        return
+    yield Finding(name="config", state=State.OK, detail=f"of {config.root}")
+    yield _cache()
+    rust = _rust(config)
+    yield rust
+    if config.manifest is not None and rust.state is State.OK:
+        yield _drivers(config.manifest, config.profile)
+    yield _leftovers()
+    for name in config.vm or ("wine",):
+        yield _target(config, name)
+
+
+def _machine() -> Finding:
+    detail = f"{platform.system()} on {platform.machine()}"
+    if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
+        return Finding(name="machine", state=State.OK, detail=detail)
+    return Finding(
+        name="machine",
+        state=State.MISSING,
+        detail=detail,
+        remedy="targets on this machine need Linux on x86-64",
+    )
+
+
+def _packages() -> Finding:
+    packages = ("pytest-kdriver", "pytest", "pefile", "symbolic")
+    versions = [f"Python {platform.python_version()}"]
+    try:
+        versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    except importlib.metadata.PackageNotFoundError as error:
+        return Finding(
+            name="Python",
+            state=State.MISSING,
+            detail=f"no package {error.name}",
+            remedy="pip install --force-reinstall pytest-kdriver",
+        )
+    return Finding(name="Python", state=State.OK, detail=", ".join(versions))
+
+
+def _cache() -> Finding:
+    folder = cache_directory()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} can't be written")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Finding(
+            name="cache",
+            state=State.MISSING,
+            detail=str(error),
+            remedy="make it writable, or set KDRIVER_CACHE to a folder that is",
+        )
+    detail = f"{folder}, {free / (1 << 30):.1f} GiB free"
+    if free < ROOM:
+        return Finding(
+            name="cache",
+            state=State.NOTE,
+            detail=detail,
+            remedy=f"some {ROOM >> 30} GiB are needed at first: free some, or set KDRIVER_CACHE",
+        )
+    return Finding(name="cache", state=State.OK, detail=detail)
+
+
+def _rust(config: Config) -> Finding:
+    try:
+        toolchain = find_toolchain()
+    except BuildError as error:
+        needed = config.manifest is not None or not _agent_is_there()
+        return Finding(
+            name="Rust",
+            state=State.MISSING if needed else State.NOTE,
+            detail=str(error) if needed else f"{error}\nneeded for cargo packages only",
+            remedy=f"{'' if shutil.which('rustup') else 'install rustup, then: '}rustup target add {TARGET}",
+        )
+    version = toolchain.identity.partition("\n")[0]
+    return Finding(name="Rust", state=State.OK, detail=f"{version}, by {toolchain.cargo}")
+
+
+def _agent_is_there() -> bool:
+    try:
+        agent_executable()
+    except BuildError:
+        return False
+    return True
+
+
+def _drivers(manifest: Path, profile: str) -> Finding:
+    try:
+        packages = Cargo(manifest, profile=profile).packages()
+    except KdriverError as error:
+        return Finding(
+            name="drivers", state=State.MISSING, detail=str(error), remedy=f"mend {manifest}"
+        )
+    names = ", ".join(sorted(packages))
+    return Finding(name="drivers", state=State.OK, detail=f"{manifest}: {names}")
+
+
+def _target(config: Config, name: str) -> Finding:
+    begin = time.monotonic()
+    try:
+        target = make_target(config.target(name))
+        try:
+            target.start()
+            took = time.monotonic() - begin
+            detail = f"{target.describe()}, started in {took:.1f} s"
+        finally:
+            target.close()
+    except (KdriverError, OSError) as error:
+        told, _, remedy = str(error).partition("; ")
+        return Finding(name=f"target {name}", state=State.MISSING, detail=told, remedy=remedy)
+    return Finding(name=f"target {name}", state=State.OK, detail=detail)
+
+
+def _leftovers() -> Finding:
+    count = len(abandoned_runs())
+    if not count:
+        return Finding(name="leftovers", state=State.OK, detail="none")
+    return Finding(
+        name="leftovers",
+        state=State.NOTE,
+        detail=f"of {count} killed runs",
+        remedy="kdriver gc, or any run",
+    )
+
+
+def _line(finding: Finding) -> str:
+    told = finding.detail.replace("\n", "\n    ")
+    remedy = f"\n    -> {finding.remedy}" if finding.remedy else ""
+    return f"{finding.state.value:8} {finding.name}: {told}{remedy}"
