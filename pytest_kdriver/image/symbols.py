@@ -1,0 +1,93 @@
+"""Offsets in an image to functions, files and lines, by the debug information that belongs to it.
+
+That is a PDB, as MSVC and LLVM's lld write it beside the image, or DWARF in sections of the image itself, as
+mingw's gcc has it. Both are read by Sentry's ``symbolic``, inlined functions included.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol, cast
+
+from pytest_kdriver.source_frame import SourceFrame
+
+READ_TIMEOUT: Final = 60.0
+"""Seconds for reading the debug information; a PDB of 2 MB takes a fifth of one."""
+
+
+class _Location(Protocol):
+    symbol: str
+    full_path: str | None
+    line: int
+
+
+class _Table(Protocol):
+    """What is used of ``symbolic.symcache.SymCache``, which has no types."""
+
+    def lookup(self, addr: int, /) -> list[_Location]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Symbols:
+    """What is known of an image's source; ``problem`` says why it is nothing, None where it is something.
+
+    Nobody constructs it: ``load_symbols`` does.
+    """
+
+    problem: str | None
+    _table: _Table | None = None
+
+    def locate(self, offset: int) -> tuple[SourceFrame, ...]:
+        """See ``Symbolizer``: ``offset`` is an instruction's, and a call's is its return address less one."""
+        if self._table is None or offset < 0:
+            return ()
+        return tuple(
+            SourceFrame(_name(location.symbol), location.full_path, location.line or None)
+            for location in self._table.lookup(offset)
+        )
+
+
+def load_symbols(image: Path) -> Symbols:
+    """The symbols of ``image``, from itself or its PDB.
+
+    The PDB is looked for beside the image, by the image's name and by the name that the image gives it, and
+    at the path that the image gives; one of another build is not used. Raises nothing: what is missing, or
+    broken, leaves the symbols without an answer, and ``problem`` says so.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", f"{__package__}.symcache", image],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=READ_TIMEOUT,
+            check=False,
+        )
+    except OSError as error:
+        return Symbols(f"{sys.executable}, which reads the symbols, does not run: {error.strerror}")
+    except subprocess.TimeoutExpired:
+        return Symbols(
+            f"the debug information of {image} took more than {READ_TIMEOUT:g} s to read"
+        )
+    if done.returncode < 0:
+        return Symbols(
+            f"the debug information of {image} is broken: reading it never came to an end"
+        )
+    if done.returncode:
+        return Symbols(done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
+    from symbolic.symcache import SymCache
+
+    table = SymCache.from_bytes(done.stdout)  # type: ignore[no-untyped-call]
+    return Symbols(None, cast("_Table", table))
+
+
+def _name(symbol: str) -> str:
+    """A function's name without its parameters, which a PDB's have."""
+    depth = 0
+    for at, character in enumerate(symbol):
+        if character == "(" and not depth and at:
+            return symbol[:at]
+        depth += {"<": 1, ">": -1}.get(character, 0)
+    return symbol

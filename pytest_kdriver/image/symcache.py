@@ -1,0 +1,115 @@
+"""``python -m pytest_kdriver.image.symcache IMAGE``: an image's debug information, ready to look up in.
+
+A program, and not a function, since a broken PDB can end the process that reads it: Sentry's ``symbolic``,
+which does, follows whatever circles are in there until its stack is full. It writes the look-up table, a
+symcache, to its stdout. Where there is none it writes the reason to its stderr, and exits with 1.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from symbolic.debuginfo import Object
+
+MEMORY: Final = 8 << 30
+"""Bytes of address space that reading may take; the files are mapped."""
+
+
+class _NoSymbols(Exception):
+    """Why there is nothing to look up in, as a sentence."""
+
+
+def main() -> int:
+    """Read the image that the command line names; the exit code."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        _write_symcache(Path(os.fsdecode(sys.argv[1])))
+    except _NoSymbols as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _write_symcache(image: Path) -> None:
+    try:
+        from symbolic.exceptions import SymbolicError
+        from symbolic.symcache import SymCache
+    except (ImportError, OSError) as error:
+        raise _NoSymbols(f"the Python package symbolic can't be loaded: {error}") from error
+    try:
+        symcache: SymCache = _debug_information(image).make_symcache()
+        shutil.copyfileobj(symcache.open_stream(), sys.stdout.buffer)  # type: ignore[no-untyped-call]
+    except SymbolicError as error:
+        causes = [line.strip().removeprefix("caused by: ") for line in str(error).splitlines()]
+        raise _NoSymbols(
+            f"the debug information of {image} is broken: {': '.join(causes)}"
+        ) from error
+
+
+def _debug_information(image: Path) -> Object:
+    """The image itself, where it has DWARF, or its PDB."""
+    driver = _open(image)
+    if "debug" in driver.features:
+        return driver
+    candidates = list(dict.fromkeys(_pdb_paths(image)))
+    found = [path for path in candidates if path.is_file()]
+    if not found:
+        raise _NoSymbols(
+            f"{image.name} has no debug information, and there is no {candidates[0]}: "
+            "build it with debug information"
+        )
+    for path in found:
+        pdb = _open(path)
+        if pdb.debug_id == driver.debug_id:
+            return pdb
+    raise _NoSymbols(
+        f"{found[0]} is of another build than {image.name}: keep the two of one build together"
+    )
+
+
+def _open(path: Path) -> Object:
+    """The first object in a file; a PE file and a PDB have one."""
+    from symbolic.debuginfo import Archive
+    from symbolic.exceptions import SymbolicError
+
+    try:
+        return next(Archive.open(os.fsencode(path)).iter_objects())
+    except (SymbolicError, StopIteration) as error:
+        raise _NoSymbols(f"{path} can't be read: {error or 'it is empty'}") from error
+
+
+def _pdb_paths(image: Path) -> Iterator[Path]:
+    yield image.with_suffix(".pdb")
+    named = _named_pdb(image)
+    if named:
+        yield image.with_name(PureWindowsPath(named).name)
+        yield Path(named)
+
+
+def _named_pdb(image: Path) -> str | None:
+    """The path in the image's CodeView record."""
+    import pefile
+
+    directory = pefile.DIRECTORY_ENTRY["IMAGE_DIRECTORY_ENTRY_DEBUG"]
+    try:
+        with pefile.PE(str(image), fast_load=True) as headers:
+            headers.parse_data_directories([directory])
+            for debug in getattr(headers, "DIRECTORY_ENTRY_DEBUG", ()):
+                name = getattr(debug.entry, "PdbFileName", None)
+                if name:
+                    return str(name.rstrip(b"\0").decode("utf-8", "replace"))
+    except (OSError, pefile.PEFormatError, AttributeError, ValueError):
+        return None
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
