@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast
@@ -33,13 +34,26 @@ from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.win32error import Win32Error
 
-__all__ = ["Agent", "AgentInfo", "Completed", "Process", "ServiceStatus"]
+__all__ = [
+    "Agent",
+    "AgentInfo",
+    "Completed",
+    "IoOutcome",
+    "IoResult",
+    "OpenResult",
+    "Process",
+    "ServiceStatus",
+]
 
 DEFAULT_TIMEOUT = 30.0
 """How long, in seconds, a call waits for its answer."""
 
 RUN_MARGIN = 10.0
 """How much longer, in seconds, than a program's own time limit its answer may take."""
+
+IO_MARGIN = 10.0
+"""How much longer, in seconds, than a device call's time limit its answer may take. The agent itself lets
+two of them pass between the cancelling and the giving up."""
 
 ABORT_TIMEOUT = 5.0
 """How long, in seconds, a ``put`` that failed waits for its remains to be removed."""
@@ -72,6 +86,46 @@ class AgentInfo:
     elevated: bool
     pid: int
     operations: frozenset[str]
+
+
+class IoOutcome(Enum):
+    """How a call of a device came to its end."""
+
+    COMPLETED = 0
+    """By itself."""
+    CANCELLED = 1
+    """After it was cancelled, at its time limit or by ``close_device``. The status says as what the driver
+    then completed it: STATUS_CANCELLED as a rule."""
+    STUCK = 2
+    """Not at all: it was cancelled, and the driver still did not give it back. It is given up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoResult:
+    """What came of a call of a device.
+
+    ``data`` is what was read, or a control request's output, empty for an error. ``count`` is the
+    IO_STATUS_BLOCK's Information, which a driver may set at will: 0 where the guest does not say. Of what
+    is STUCK the status is STATUS_PENDING.
+    """
+
+    status: NTSTATUS
+    data: bytes
+    count: int
+    outcome: IoOutcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenResult:
+    """What came of opening a device. ``device`` is the agent's number for it; None if it is not open.
+
+    ``outcome`` is COMPLETED or STUCK: there is no way to cancel an open. One that ends after it was given
+    up is closed at once.
+    """
+
+    status: NTSTATUS
+    device: int | None
+    outcome: IoOutcome
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -331,16 +385,62 @@ class Agent:
         MiB); of each output 16 MiB are kept. What the program left running keeps running. Without a
         ``timeout`` the answer may take ten seconds longer than the program.
         """
-        if not 0 <= time_limit < 1 << 22:
-            raise ValueError(f"a time limit of {time_limit} s; it is 0 to 48 days")
         request = messages.Run(
             command_line=subprocess.list2cmdline(command),
             directory=directory,
             stdin=stdin,
-            time_limit=math.ceil(time_limit * 1000),
+            time_limit=_milliseconds(time_limit),
             output_limit=OUTPUT_LIMIT,
         )
         return self._call(request, time_limit + RUN_MARGIN if timeout is None else timeout)
+
+    # devices
+
+    def open_device(self, path: str, *, time_limit: float) -> OpenResult:
+        r"""Open a device for reading and writing. The path is NT's: ``\??\name``, ``\Device\Name``.
+
+        Of all calls of devices: what the driver, or the system, says is the result, an error too. They
+        wait ``time_limit`` seconds for the driver; ``IoOutcome`` says what happens then. An ``AgentError``
+        is a refusal of the agent's own: no such device is open, or too much is asked for.
+        """
+        request = messages.OpenDevice(path=path, time_limit=_milliseconds(time_limit))
+        opened = self._call(request, time_limit + IO_MARGIN)
+        return OpenResult(
+            status=NTSTATUS(opened.status),
+            device=opened.device or None,
+            outcome=_to_outcome(opened.outcome),
+        )
+
+    def read_device(self, device: int, length: int, *, time_limit: float) -> IoResult:
+        """Read at most ``length`` bytes, 16 MiB at most, at the offset 0."""
+        request = messages.ReadDevice(
+            device=device, length=length, time_limit=_milliseconds(time_limit)
+        )
+        return _to_io_result(self._call(request, time_limit + IO_MARGIN))
+
+    def write_device(self, device: int, data: bytes, *, time_limit: float) -> IoResult:
+        """Write at the offset 0. ``data`` must fit into one message (1 MiB)."""
+        request = messages.WriteDevice(
+            device=device, data=data, time_limit=_milliseconds(time_limit)
+        )
+        return _to_io_result(self._call(request, time_limit + IO_MARGIN))
+
+    def ioctl(
+        self, device: int, code: int, data: bytes, output_size: int, *, time_limit: float
+    ) -> IoResult:
+        """Make a control request. ``data`` must fit into one message, ``output_size`` is 16 MiB at most."""
+        request = messages.Ioctl(
+            device=device,
+            code=code,
+            data=data,
+            output_size=output_size,
+            time_limit=_milliseconds(time_limit),
+        )
+        return _to_io_result(self._call(request, time_limit + IO_MARGIN))
+
+    def close_device(self, device: int, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Close a device. What is on its way is cancelled before, and given up after two seconds."""
+        self._call(messages.CloseDevice(device=device), timeout)
 
     def fence(self, cookie: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Write ``cookie`` into the guest's debug output, behind all that was there before."""
@@ -459,6 +559,28 @@ class _Answer(Generic[T]):
 
 def _left(deadline: float) -> float:
     return max(0.0, deadline - time.monotonic())
+
+
+def _milliseconds(time_limit: float) -> int:
+    if not 0 <= time_limit < 1 << 22:
+        raise ValueError(f"a time limit of {time_limit} s; it is 0 to 48 days")
+    return math.ceil(time_limit * 1000)
+
+
+def _to_io_result(ended: messages.IoEnded) -> IoResult:
+    return IoResult(
+        status=NTSTATUS(ended.status),
+        data=ended.data,
+        count=ended.count,
+        outcome=_to_outcome(ended.outcome),
+    )
+
+
+def _to_outcome(number: int) -> IoOutcome:
+    try:
+        return IoOutcome(number)
+    except ValueError:
+        raise AgentProtocolError(f"{number} is no outcome of a device's call") from None
 
 
 def _same(reply: R) -> R:

@@ -161,6 +161,33 @@ class Completed(Message):
     truncated: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceOpened(Message):
+    """What came of opening a device: an NTSTATUS, and the device, 0 if it was not opened.
+
+    ``outcome`` is that of ``IoEnded``; an open is never cancelled.
+    """
+
+    status: U32
+    outcome: U32
+    device: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IoEnded(Message):
+    """How input or output ended, or that it did not.
+
+    ``status`` is an NTSTATUS, STATUS_PENDING where it did not end; ``count`` is IO_STATUS_BLOCK's
+    Information. ``outcome`` 0: it ended by itself; 1: after it was cancelled, at its time limit or by a
+    close; 2: not at all, though it was cancelled.
+    """
+
+    status: U32
+    outcome: U32
+    count: U64
+    data: bytes
+
+
 # What the host asks.
 
 
@@ -351,6 +378,50 @@ class Fence(Request[Done]):
     cookie: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenDevice(Request[DeviceOpened]):
+    r"""NtCreateFile of a device. The path is NT's, ``\??\name``; ``time_limit`` is in milliseconds."""
+
+    path: str
+    time_limit: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadDevice(Request[IoEnded]):
+    """NtReadFile. ``time_limit`` is in milliseconds."""
+
+    device: U32
+    length: U32
+    time_limit: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteDevice(Request[IoEnded]):
+    """NtWriteFile. ``time_limit`` is in milliseconds."""
+
+    device: U32
+    data: bytes
+    time_limit: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ioctl(Request[IoEnded]):
+    """NtDeviceIoControlFile. ``time_limit`` is in milliseconds."""
+
+    device: U32
+    code: U32
+    data: bytes
+    output_size: U32
+    time_limit: U32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseDevice(Request[Done]):
+    """Cancel what is on its way, then NtClose."""
+
+    device: U32
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """What can be asked: its number, its name, and its messages."""
@@ -387,6 +458,11 @@ OPERATIONS = (
     Operation(23, "system_information", SystemInformation, Information),
     Operation(24, "run", Run, Completed),
     Operation(25, "fence", Fence, Done),
+    Operation(26, "open_device", OpenDevice, DeviceOpened),
+    Operation(27, "read_device", ReadDevice, IoEnded),
+    Operation(28, "write_device", WriteDevice, IoEnded),
+    Operation(29, "ioctl", Ioctl, IoEnded),
+    Operation(30, "close_device", CloseDevice, Done),
 )
 
 OPERATION_OF = {operation.request: operation for operation in OPERATIONS}

@@ -247,7 +247,7 @@ class Generator:
         else:
             kind = operation.request if what == REQUEST else operation.reply
             data = to_bytes(cast("Message", self.value(kind)))
-        number = self.random.choice([*[operation.number] * 20, 0, 26, 0xFFFF])
+        number = self.random.choice([*[operation.number] * 20, 0, 31, 0xFFFF])
         return what, number, data if self.random.random() < 0.3 else self.mutate(data)
 
     def frames(self) -> list[Frame]:

@@ -123,6 +123,16 @@ operations! { 'a
     24 "run" Run(Run<'a>) -> Completed<'_>;
     /// OutputDebugStringA, then answer.
     25 "fence" Fence(Fence<'a>) -> Done;
+    /// NtCreateFile of a device.
+    26 "open_device" OpenDevice(OpenDevice<'a>) -> DeviceOpened;
+    /// NtReadFile.
+    27 "read_device" ReadDevice(ReadDevice) -> IoEnded<'_>;
+    /// NtWriteFile.
+    28 "write_device" WriteDevice(WriteDevice<'a>) -> IoEnded<'_>;
+    /// NtDeviceIoControlFile.
+    29 "ioctl" Ioctl(Ioctl<'a>) -> IoEnded<'_>;
+    /// Cancel what is on its way, then NtClose.
+    30 "close_device" CloseDevice(Device) -> Done;
 }
 
 messages! {
@@ -343,5 +353,69 @@ messages! {
     Fence<'a> {
         /// What to print.
         cookie: &'a str,
+    }
+    /// A device to open.
+    OpenDevice<'a> {
+        /// NT's: `\\??\\name` or `\\Device\\Name`.
+        path: &'a str,
+        /// Milliseconds.
+        time_limit: u32,
+    }
+    /// What came of opening a device.
+    DeviceOpened {
+        /// NTSTATUS.
+        status: u32,
+        /// As that of [`IoEnded`]; an open is never cancelled.
+        outcome: u32,
+        /// 0 if it was not opened.
+        device: u32,
+    }
+    /// A device that is open.
+    Device {
+        /// As `open_device` named it.
+        device: u32,
+    }
+    /// A read from a device.
+    ReadDevice {
+        /// Which.
+        device: u32,
+        /// The most bytes to read.
+        length: u32,
+        /// Milliseconds.
+        time_limit: u32,
+    }
+    /// A write to a device.
+    WriteDevice<'a> {
+        /// Which.
+        device: u32,
+        /// What to write.
+        data: &'a [u8],
+        /// Milliseconds.
+        time_limit: u32,
+    }
+    /// A control request to a device.
+    Ioctl<'a> {
+        /// Which.
+        device: u32,
+        /// CTL_CODE.
+        code: u32,
+        /// The input.
+        data: &'a [u8],
+        /// The most bytes to get.
+        output_size: u32,
+        /// Milliseconds.
+        time_limit: u32,
+    }
+    /// How input or output ended, or that it did not.
+    IoEnded<'a> {
+        /// NTSTATUS; STATUS_PENDING where it did not end.
+        status: u32,
+        /// 0: by itself; 1: after it was cancelled, at its time limit or by a close; 2: not at all, though it
+        /// was cancelled.
+        outcome: u32,
+        /// IO_STATUS_BLOCK's Information.
+        count: u64,
+        /// What was read, or the control request's output.
+        data: &'a [u8],
     }
 }

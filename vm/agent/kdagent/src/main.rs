@@ -14,6 +14,7 @@
 
 extern crate alloc;
 
+mod clock;
 mod end;
 mod failure;
 mod handle;

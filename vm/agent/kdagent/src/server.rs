@@ -9,7 +9,7 @@ use frames::{Decoder, Frame, FrameError, Kind, MAX_BODY, Request, Wire, encode, 
 
 use crate::end::End;
 use crate::failure::Failure;
-use crate::requests::{self, files, files::Uploads};
+use crate::requests::{self, devices::Devices, files, files::Uploads};
 use crate::sync::Mutex;
 use crate::workers::Workers;
 use crate::{runtime, sys, thread};
@@ -26,6 +26,7 @@ pub struct Server {
     writing: Mutex<()>,
     pub workers: Workers,
     pub uploads: Uploads,
+    pub devices: Devices,
 }
 
 impl Server {
@@ -36,6 +37,7 @@ impl Server {
             writing: Mutex::new(()),
             workers: Workers::new(),
             uploads: Uploads::new(),
+            devices: Devices::new(),
         }));
         let mut decoder = Decoder::new();
         let mut buffer = vec![0; 64 << 10];
@@ -121,6 +123,7 @@ impl Server {
 }
 
 /// The place for a request's answer.
+#[derive(Clone)]
 pub struct Reply {
     server: &'static Server,
     operation: u16,

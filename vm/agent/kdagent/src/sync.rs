@@ -77,16 +77,26 @@ impl Condition {
         Condition(UnsafeCell::new(0))
     }
 
-    /// Waits for a `wake_one`, or for nothing at all: the caller looks again.
+    /// Waits to be woken, or for nothing at all: the caller looks again.
     pub fn wait<T>(&self, guard: &mut Guard<'_, T>) {
+        self.wait_for(guard, sys::INFINITE);
+    }
+
+    /// The same for at most so many milliseconds.
+    pub fn wait_for<T>(&self, guard: &mut Guard<'_, T>, milliseconds: u32) {
         // SAFETY: both were initialised, and the guard holds the lock, before and after.
         unsafe {
-            sys::SleepConditionVariableSRW(self.0.get(), guard.mutex.lock.get(), sys::INFINITE, 0)
+            sys::SleepConditionVariableSRW(self.0.get(), guard.mutex.lock.get(), milliseconds, 0)
         };
     }
 
     pub fn wake_one(&self) {
         // SAFETY: it was initialised to CONDITION_VARIABLE_INIT, which is 0.
         unsafe { sys::WakeConditionVariable(self.0.get()) };
+    }
+
+    pub fn wake_all(&self) {
+        // SAFETY: as above.
+        unsafe { sys::WakeAllConditionVariable(self.0.get()) };
     }
 }

@@ -23,6 +23,7 @@ pub const ERROR_IO_PENDING: u32 = 997;
 pub const ERROR_SERVICE_DOES_NOT_EXIST: u32 = 1060;
 pub const ERROR_NOT_ALL_ASSIGNED: u32 = 1300;
 
+pub const STATUS_PENDING: u32 = 0x103;
 pub const STATUS_BUFFER_OVERFLOW: u32 = 0x8000_0005;
 pub const STATUS_INFO_LENGTH_MISMATCH: u32 = 0xC000_0004;
 pub const STATUS_BUFFER_TOO_SMALL: u32 = 0xC000_0023;
@@ -42,6 +43,9 @@ pub const GENERIC_WRITE: u32 = 0x4000_0000;
 pub const FILE_SHARE_READ: u32 = 1;
 pub const FILE_SHARE_WRITE: u32 = 2;
 pub const FILE_SHARE_DELETE: u32 = 4;
+pub const FILE_OPEN: u32 = 1;
+pub const FILE_NON_DIRECTORY_FILE: u32 = 0x40;
+pub const OBJ_CASE_INSENSITIVE: u32 = 0x40;
 pub const CREATE_ALWAYS: u32 = 2;
 pub const OPEN_EXISTING: u32 = 3;
 pub const FILE_ATTRIBUTE_NORMAL: u32 = 0x80;
@@ -185,6 +189,23 @@ pub struct UnicodeString {
 }
 
 #[repr(C)]
+pub struct ObjectAttributes {
+    pub length: u32,
+    pub root: Handle,
+    pub name: *const UnicodeString,
+    pub attributes: u32,
+    pub security_descriptor: *mut c_void,
+    pub security_quality: *mut c_void,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct IoStatusBlock {
+    pub status: u32,
+    pub information: usize,
+}
+
+#[repr(C)]
 pub struct OsVersion {
     pub size: u32,
     pub major: u32,
@@ -300,6 +321,7 @@ unsafe extern "system" {
     pub fn ReleaseSRWLockExclusive(lock: *mut usize);
     pub fn ResumeThread(thread: Handle) -> u32;
     pub fn SetErrorMode(mode: u32) -> u32;
+    pub fn SetEvent(event: Handle) -> Bool;
     pub fn SetHandleInformation(handle: Handle, mask: u32, flags: u32) -> Bool;
     pub fn SetInformationJobObject(
         job: Handle,
@@ -332,6 +354,7 @@ unsafe extern "system" {
         milliseconds: u32,
     ) -> u32;
     pub fn WaitForSingleObject(handle: Handle, milliseconds: u32) -> u32;
+    pub fn WakeAllConditionVariable(condition: *mut usize);
     pub fn WakeConditionVariable(condition: *mut usize);
     pub fn WriteFile(
         file: Handle,
@@ -423,12 +446,53 @@ unsafe extern "system" {
 
 #[link(name = "ntdll", kind = "raw-dylib")]
 unsafe extern "system" {
+    pub fn NtCancelIoFileEx(
+        file: Handle,
+        which: *const IoStatusBlock,
+        status: *mut IoStatusBlock,
+    ) -> u32;
+    pub fn NtCreateFile(
+        file: *mut Handle,
+        access: u32,
+        attributes: *const ObjectAttributes,
+        status: *mut IoStatusBlock,
+        allocation_size: *const i64,
+        file_attributes: u32,
+        share: u32,
+        disposition: u32,
+        options: u32,
+        extended_attributes: *const c_void,
+        extended_attributes_size: u32,
+    ) -> u32;
+    pub fn NtDeviceIoControlFile(
+        file: Handle,
+        event: Handle,
+        apc: *const c_void,
+        apc_context: *const c_void,
+        status: *mut IoStatusBlock,
+        code: u32,
+        input: *const u8,
+        input_size: u32,
+        output: *mut u8,
+        output_size: u32,
+    ) -> u32;
     pub fn NtLoadDriver(service: *const UnicodeString) -> u32;
     pub fn NtQuerySystemInformation(
         class: u32,
         buffer: *mut c_void,
         size: u32,
         returned: *mut u32,
+    ) -> u32;
+    pub fn NtReadFile(
+        file: Handle,
+        event: Handle,
+        apc: *const c_void,
+        apc_context: *const c_void,
+        status: *mut IoStatusBlock,
+        buffer: *mut u8,
+        size: u32,
+        offset: *const i64,
+        key: *const u32,
     ) -> u32;
     pub fn NtSetValueKey(
         key: Handle,
@@ -439,6 +503,17 @@ unsafe extern "system" {
         size: u32,
     ) -> u32;
     pub fn NtUnloadDriver(service: *const UnicodeString) -> u32;
+    pub fn NtWriteFile(
+        file: Handle,
+        event: Handle,
+        apc: *const c_void,
+        apc_context: *const c_void,
+        status: *mut IoStatusBlock,
+        buffer: *const u8,
+        size: u32,
+        offset: *const i64,
+        key: *const u32,
+    ) -> u32;
     pub fn RtlGetVersion(version: *mut OsVersion) -> u32;
 }
 

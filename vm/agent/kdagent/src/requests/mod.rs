@@ -5,6 +5,8 @@ use frames::{Done, Frame, Request};
 use crate::failure::Answer;
 use crate::server::{Reply, Server};
 
+mod calls;
+pub mod devices;
 mod drivers;
 pub mod files;
 mod pipe;
@@ -13,6 +15,7 @@ mod program;
 mod registry;
 mod services;
 mod system;
+mod transfer;
 
 /// Whether it waits for a driver or a program, so perhaps for ever.
 pub fn may_hang(frame: &Frame) -> bool {
@@ -23,13 +26,19 @@ pub fn may_hang(frame: &Frame) -> bool {
             | Request::LoadDriver(_)
             | Request::UnloadDriver(_)
             | Request::WaitProcess(_)
-            | Request::Run(_)))
+            | Request::Run(_)
+            | Request::OpenDevice(_)
+            | Request::ReadDevice(_)
+            | Request::WriteDevice(_)
+            | Request::Ioctl(_)
+            | Request::CloseDevice(_)))
     )
 }
 
 /// Does what is asked and answers; an error is the caller's to send.
 pub fn serve(server: &'static Server, request: Request<'_>, reply: &mut Reply) -> Answer {
     let uploads = &server.uploads;
+    let devices = &server.devices;
     match request {
         Request::Hello(_) => reply.send(&system::hello()),
         Request::PutBegin(m) => reply.send(&uploads.begin(m.path)?),
@@ -102,6 +111,14 @@ pub fn serve(server: &'static Server, request: Request<'_>, reply: &mut Reply) -
         Request::Run(m) => program::run(&m, reply)?,
         Request::Fence(m) => {
             system::fence(m.cookie)?;
+            reply.send(&Done {});
+        }
+        Request::OpenDevice(m) => devices.open(&m, reply)?,
+        Request::ReadDevice(m) => devices.read(&m, reply)?,
+        Request::WriteDevice(m) => devices.write(&m, reply)?,
+        Request::Ioctl(m) => devices.control(&m, reply)?,
+        Request::CloseDevice(m) => {
+            devices.close(m.device)?;
             reply.send(&Done {});
         }
     }

@@ -8,6 +8,7 @@ use frames::{Completed, Run};
 
 use super::pipe::Pipe;
 use super::processes::exit_code;
+use crate::clock::now;
 use crate::failure::{Answer, Failure, check};
 use crate::handle::Owned;
 use crate::server::Reply;
@@ -202,11 +203,6 @@ fn resume(thread: sys::Handle) -> Answer {
         u32::MAX => Err(Failure::last(DOING)),
         _ => Ok(()),
     }
-}
-
-fn now() -> u64 {
-    // SAFETY: no preconditions.
-    unsafe { sys::GetTickCount64() }
 }
 
 /// A job whose processes end with its handle, so with the agent too.
