@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pytest_kdriver.device import Device, ctl_code
     from pytest_kdriver.driver import CycleResult, Driver, ServiceState, TargetHandle
     from pytest_kdriver.errors import (
         AgentError,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         BuildError,
         CapabilityError,
         ConfigError,
+        DeviceError,
         DriverCrashed,
         DriverError,
         DriverTimeout,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from pytest_kdriver.win32error import Win32Error
 
 _HOME = {
+    "device": ("Device", "ctl_code"),
     "driver": ("CycleResult", "Driver", "ServiceState", "TargetHandle"),
     "errors": (
         "AgentError",
@@ -44,6 +47,7 @@ _HOME = {
         "BuildError",
         "CapabilityError",
         "ConfigError",
+        "DeviceError",
         "DriverCrashed",
         "DriverError",
         "DriverTimeout",
@@ -74,6 +78,8 @@ __all__ = [
     "CapabilityError",
     "ConfigError",
     "CycleResult",
+    "Device",
+    "DeviceError",
     "Driver",
     "DriverCrashed",
     "DriverError",
@@ -96,6 +102,7 @@ __all__ = [
     "UnloadRefused",
     "Win32Error",
     "WrongFree",
+    "ctl_code",
 ]
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypedDict
 
 from pytest_kdriver.config import DEFAULT_TIMEOUT
+from pytest_kdriver.device import Device, close, nt_path
 from pytest_kdriver.errors import (
     AgentError,
     CapabilityError,
     ConfigError,
+    DeviceError,
     DriverCrashed,
     DriverError,
     DriverTimeout,
@@ -27,7 +29,7 @@ from pytest_kdriver.errors import (
     TargetError,
     UnloadRefused,
 )
-from pytest_kdriver.guest.agent import Agent, Completed
+from pytest_kdriver.guest.agent import Agent, Completed, IoOutcome, IoResult, OpenResult
 from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.image.finder import ImageFinder, is_path
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash
@@ -38,6 +40,7 @@ from pytest_kdriver.kernel.text import kernel_lines
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.target import (
     CallTimeout,
+    Io,
     LoadOutcome,
     NoUnload,
     ParameterValue,
@@ -130,6 +133,7 @@ class Driver:
         self._started = False
         self._finished = False
         self._gone = False
+        self._devices: list[Device] = []
         self._untold: list[KdriverError] = []
         self._crash_seen_to = self._judged_to = len(target.log)
         self._window = target.log.window(self.service)
@@ -213,6 +217,7 @@ class Driver:
             return  # it went with its guest, which another driver brought down
         if self._state is not _State.LOADED:
             raise StopFailed("it is not running", **self._told())
+        self._close_devices()
         limit = self._timeout if timeout is None else timeout
         try:
             code = self._target.unload(self.service, limit)
@@ -250,6 +255,26 @@ class Driver:
                 error.add_note(f"besides: {second}")
             raise
         self._stop_if_loaded(timeout)
+
+    @contextmanager
+    def device(self, path: str, *, timeout: float | None = None) -> Iterator[Device]:
+        r"""Open a device, and close it at the end: ``device(r"\\.\Echo")``, or by its kernel's name.
+
+        ``timeout``, in seconds, is for the opening. Handles that are still open when the driver is stopped
+        are closed first: they would hold up the unload. Raises ``DeviceError`` where the guest answers with
+        an error, ``DriverTimeout``, ``DriverCrashed``; ``ConfigError`` for what can't be a path.
+        """
+        device = self._open(nt_path(path), timeout)
+        try:
+            yield device
+        except Exception as error:
+            try:
+                self._close_device(device)
+            except KdriverError as second:
+                self._untold.append(second)
+                error.add_note(f"besides: {second}")
+            raise
+        self._close_device(device)
 
     def _stop_if_loaded(self, timeout: float | None = None) -> None:
         if self._state is _State.LOADED:
@@ -291,6 +316,7 @@ class Driver:
         for step in (
             self._raise_crash,
             self._stop_if_loaded,
+            self._close_devices,
             self._give_up_if_loaded,
             self._uninstall,
         ):
@@ -411,6 +437,95 @@ class Driver:
                 raise DriverError(f"installing it: {error}", **self._told()) from error
             self._installed_in = self._target.generation
 
+    # devices
+
+    def _open(self, path: str, timeout: float | None) -> Device:
+        self._enter()
+        result = self._device_io(
+            "open",
+            f"open of {path}",
+            lambda agent, limit: agent.open_device(path, time_limit=limit),
+            timeout,
+        )
+        assert result.device is not None, "it is open"
+        device = Device(path, result.device, self._target.generation, self._perform)
+        self._devices.append(device)
+        return device
+
+    def _perform(
+        self,
+        device: Device,
+        phase: str,
+        what: str,
+        io: Callable[[Agent, float], IoResult],
+        timeout: float | None,
+    ) -> bytes:
+        self._raise_crash()
+        if device.closed or device.generation != self._target.generation:
+            why = "its handle is closed" if device.closed else "its guest was put back"
+            raise DeviceError(
+                f"{what}: {why}", status=NTSTATUS.STATUS_INVALID_HANDLE, **self._told()
+            )
+        return self._device_io(phase, what, io, timeout).data
+
+    def _device_io(
+        self,
+        phase: str,
+        what: str,
+        io: Callable[[Agent, float], Io],
+        timeout: float | None,
+    ) -> Io:
+        limit = self._timeout if timeout is None else timeout
+        try:
+            result = self._target.device_io(self.service, io, limit)
+        except CallTimeout as late:
+            raise self._late(phase, what, limit, late) from None
+        except Exception:
+            raise
+        except BaseException:
+            self.abandon()
+            raise
+        self._raise_crash()
+        if result.outcome is IoOutcome.CANCELLED:
+            raise DriverTimeout(
+                f"{what} was not over after {limit:g} s; it was cancelled, and ended with {result.status}",
+                phase=phase,
+                timeout=limit,
+                **self._told(),
+            )
+        if not result.status.is_success:
+            hint = "" if self.loaded else "; the driver is not loaded"
+            raise DeviceError(
+                f"{what} failed with {result.status}{hint}",
+                status=result.status,
+                data=_data(result),
+                **self._told(),
+            )
+        return result
+
+    def _close_device(self, device: Device) -> None:
+        if device.closed:
+            return
+        device.closed = True
+        self._devices.remove(device)
+        if device.generation == self._target.generation and self._state is not _State.LOST:
+            self._device_io(
+                "close",
+                f"close of {device.path}",
+                lambda agent, limit: close(agent, device, limit),
+                None,
+            )
+
+    def _close_devices(self) -> None:
+        """Close the handles that are still open; the first that goes wrong is told."""
+        errors = []
+        while self._devices:
+            try:
+                self._close_device(self._devices[0])
+            except KdriverError as error:
+                errors.append(error)
+        raise_first(errors)
+
     def _raise_crash(self) -> None:
         if "crashes" in self._target.capabilities and self._find_crash() is not None:
             raise self._crash_error()
@@ -421,7 +536,11 @@ class Driver:
 
     def _find_crash(self) -> Crash | None:
         log = self._target.log
-        return find_crash(log.window(self.service, self._crash_seen_to), self.service)
+        end = len(log)
+        crash = find_crash(log.window(self.service, self._crash_seen_to), self.service)
+        if crash is None:
+            self._crash_seen_to = max(self._crash_seen_to, end)  # not looked through again
+        return crash
 
     def _crash_error(self) -> DriverCrashed:
         """The crash as an exception; from now on the test knows."""
@@ -487,6 +606,10 @@ class Driver:
                 driver=self.service,
                 target=self._target.name,
             )
+
+
+def _data(result: IoResult | OpenResult) -> bytes:
+    return result.data if isinstance(result, IoResult) else b""
 
 
 def check_service_name(name: str) -> str:

@@ -17,6 +17,7 @@
         ├── StartFailed         DriverEntry, or the loader before it, answered with an error
         ├── StopFailed          the stop was refused for a reason of its own
         │   └── UnloadRefused   the driver has no DriverUnload
+        ├── DeviceError         a device's read, write or ioctl, or its opening, came back with an error
         ├── DriverTimeout       a Driver call was not over by its deadline
         ├── DriverCrashed       the driver took its process, or the guest, with it
         ├── PoolError           at the end of a test the driver's pool use is not what it should be
@@ -159,8 +160,32 @@ class UnloadRefused(StopFailed):
     """The driver has no DriverUnload, so it stays until the guest ends."""
 
 
+class DeviceError(DriverError):
+    """A device answered with an error, or can't be used (``status`` is STATUS_INVALID_HANDLE then).
+
+    ``data`` is what came with it: STATUS_BUFFER_OVERFLOW, say, brings as much as there was room for.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: NTSTATUS,
+        data: bytes = b"",
+        driver: str,
+        target: str,
+        lines: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, driver=driver, target=target, lines=lines)
+        self.status = status
+        self.data = data
+
+
 class DriverTimeout(DriverError):
-    """A Driver call was not over after ``timeout`` seconds. ``phase`` says which, ("start", "stop", ...)."""
+    """A Driver call was not over after ``timeout`` seconds.
+
+    ``phase`` says which: "install", "start", "stop", "uninstall"; "open", "read", "write", "ioctl", "close".
+    """
 
     def __init__(
         self,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.guest.agent import Agent, IoResult, OpenResult
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.win32error import Win32Error
+
+Io = TypeVar("Io", IoResult, OpenResult)
 
 ParameterValue = int | str | bytes | Sequence[str]
 """A value of a service's Parameters key: REG_DWORD or REG_QWORD, REG_SZ, REG_BINARY, REG_MULTI_SZ."""
@@ -31,7 +33,7 @@ class LoadOutcome:
 
 
 class CallTimeout(Exception):
-    """A load or unload was not over by its deadline; ``cut`` says what was done about it."""
+    """A load, an unload or I/O was not over by its deadline; ``cut`` says what was done about it."""
 
     def __init__(self, cut: str) -> None:
         super().__init__(cut)
@@ -116,4 +118,13 @@ class Target(Protocol):
 
     def unload(self, service: str, timeout: float) -> NTSTATUS | Win32Error:
         """Unload it; what the guest said. Raises ``CallTimeout``, ``NoUnload``."""
+        ...
+
+    def device_io(self, service: str, io: Callable[[Agent, float], Io], timeout: float) -> Io:
+        """Do I/O with a device of a driver; any thread may, others beside it.
+
+        Raises ``CallTimeout`` where it could not be cancelled after ``timeout`` seconds: the driver was cut
+        short. The log holds all that the kernel said until the I/O ended, the driver's death too. Raises
+        ``TargetError``.
+        """
         ...

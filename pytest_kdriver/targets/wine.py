@@ -23,11 +23,11 @@ from typing import Final, TypeAlias, TypeVar
 
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.errors import AgentError, ConfigError, LinkError, TargetError
-from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.guest.agent import Agent, IoOutcome
 from pytest_kdriver.guest.executable import agent_executable
 from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.image.pe import ImageLayout, read_layout
-from pytest_kdriver.kernel.bugcheck import find_crash
+from pytest_kdriver.kernel.bugcheck import find_crash, is_crash
 from pytest_kdriver.kernel.events import (
     DriverInit,
     DriverInitCalled,
@@ -45,7 +45,7 @@ from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets import prefix
 from pytest_kdriver.targets.pump import MessagePump
 from pytest_kdriver.targets.runs import Remover, Run, collect_garbage
-from pytest_kdriver.targets.target import CallTimeout, LoadOutcome, NoUnload, ParameterValue
+from pytest_kdriver.targets.target import CallTimeout, Io, LoadOutcome, NoUnload, ParameterValue
 from pytest_kdriver.win32error import Win32Error
 
 _DriverEvent: TypeAlias = (
@@ -77,6 +77,15 @@ _STATUS_OF_CODE: Final = {
     Win32Error.ERROR_DLL_INIT_FAILED: NTSTATUS.STATUS_DLL_INIT_FAILED,
 }
 """What NtLoadDriver says where Wine's service control manager says this without running DriverEntry."""
+
+_DEVICE_GONE: Final = (
+    NTSTATUS.STATUS_FILE_DELETED,
+    NTSTATUS.STATUS_NO_SUCH_DEVICE,
+    NTSTATUS.STATUS_CANCELLED,
+)
+"""What Wine's I/O with a device says when the process of its driver ends."""
+
+_PROCESS_ENDED: Final = "the process that the driver ran in was ended"
 
 _SERVICES_GONE: Final = (Win32Error.RPC_S_SERVER_UNAVAILABLE, Win32Error.RPC_S_CALL_FAILED)
 """What every call to the service control manager says once services.exe has ended, or when it does."""
@@ -223,9 +232,7 @@ class WineTarget:
                 lambda _, event: isinstance(event, Fence) and event.cookie == cookie,
                 0.0 if pump.failure is not None else FENCE_TIMEOUT,
             )
-            if pump.failure is not None:
-                self.break_down("its kernel log broke")
-                raise TargetError(f"its kernel log broke: {pump.failure}", target=self.name)
+            self._check_pump(pump)
         if seen is None:
             self.break_down("its kernel log does not flow")
             raise TargetError(
@@ -305,6 +312,52 @@ class WineTarget:
                 self.log.append([_death(service, watch.process, watch.future)])
         return code
 
+    def device_io(self, service: str, io: Callable[[Agent, float], Io], timeout: float) -> Io:
+        """See ``Target``."""
+        position = len(self.log)
+        with self._agent_errors("device I/O"):
+            try:
+                result: Io | None = io(self.agent, timeout)
+            except TimeoutError:
+                result = None
+        self._catch_up()
+        if result is None or result.outcome is IoOutcome.STUCK:
+            raise CallTimeout(self._cut_device(service))
+        if result.status in _DEVICE_GONE and self._watch_of(service) is not None:
+            # Its process is ending, or another one of its devices went: the watch will know.
+            self.log.window(service, position).wait_for(
+                lambda _, event: is_crash(event, service), DEATH_TIMEOUT
+            )
+        return result
+
+    def _catch_up(self) -> None:
+        """Have the log hold what was printed up to now.
+
+        Whoever prints writes into the trace's socket before it goes on, so what was printed before an answer
+        was sent is there when the answer is.
+        """
+        if self._guest is None:
+            raise TargetError("it is not running", target=self.name)
+        self._guest.pump.catch_up()
+        self._check_pump(self._guest.pump)
+
+    def _check_pump(self, pump: MessagePump) -> None:
+        if pump.failure is not None:
+            self.break_down("its kernel log broke")
+            raise TargetError(f"its kernel log broke: {pump.failure}", target=self.name)
+
+    def _cut_device(self, service: str) -> str:
+        """End the process of a driver that hangs in its device's I/O; what was done, in words."""
+        watch = self._unwatch(service)
+        if watch is None:
+            self.break_down("a device's I/O hangs")
+            return "the guest will be put back"
+        self.break_down("a driver was cut short")
+        with suppress(AgentError, TimeoutError):
+            self._guest_agent().terminate(watch.process, timeout=CUT_TIMEOUT)
+            watch.future.result(CUT_TIMEOUT)
+        return _PROCESS_ENDED
+
     def _status(self, service: str, code: Win32Error, position: int) -> NTSTATUS:
         kinds: tuple[type[DriverInit | DriverLoadFailed], ...] = (DriverInit, DriverLoadFailed)
         for kind in kinds:
@@ -356,7 +409,7 @@ class WineTarget:
         with suppress(AgentError, TimeoutError):
             self._guest_agent().terminate(begun.process, timeout=CUT_TIMEOUT)
             future.result(CUT_TIMEOUT)
-        return "the process that the driver ran in was ended"
+        return _PROCESS_ENDED
 
     def _guest_agent(self) -> Agent:
         assert self._guest is not None
@@ -394,12 +447,13 @@ class WineTarget:
 
         future.add_done_callback(ended)
 
+    def _watch_of(self, service: str) -> _Watch | None:
+        return next((w for w in list(self._watched.values()) if w.service == service), None)
+
     def _unwatch(self, service: str) -> _Watch | None:
         """From here on the end of the process is expected."""
-        process = next(
-            (w.process for w in list(self._watched.values()) if w.service == service), None
-        )
-        return None if process is None else self._watched.pop(process, None)
+        watch = self._watch_of(service)
+        return None if watch is None else self._watched.pop(watch.process, None)
 
     def _note_death_in_init(self, called: DriverInitCalled, position: int) -> None:
         """See to it that the log says why DriverEntry did not return."""

@@ -18,6 +18,8 @@ NAMES = [
     "CapabilityError",
     "ConfigError",
     "CycleResult",
+    "Device",
+    "DeviceError",
     "Driver",
     "DriverCrashed",
     "DriverError",
@@ -40,6 +42,7 @@ NAMES = [
     "UnloadRefused",
     "Win32Error",
     "WrongFree",
+    "ctl_code",
 ]
 
 
