@@ -81,9 +81,12 @@ def _open(path: Path) -> Object:
     from symbolic.exceptions import SymbolicError
 
     try:
-        return next(Archive.open(os.fsencode(path)).iter_objects())
-    except (SymbolicError, StopIteration) as error:
-        raise _NoSymbols(f"{path} can't be read: {error or 'it is empty'}") from error
+        found = next(Archive.open(os.fsencode(path)).iter_objects(), None)
+    except SymbolicError as error:
+        raise _NoSymbols(f"{path} can't be read: {error}") from error
+    if found is None:
+        raise _NoSymbols(f"{path} has no code in it")
+    return found
 
 
 def _pdb_paths(image: Path) -> Iterator[Path]:

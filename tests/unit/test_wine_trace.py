@@ -24,6 +24,7 @@ from pytest_kdriver.kernel.events import (
     MissingExport,
     PoolAllocated,
     PoolFreed,
+    PoolStack,
     UnhandledException,
 )
 from pytest_kdriver.kernel.sources.wine import FRAME_HEADER, MAX_MESSAGE, WineTrace, frame
@@ -117,6 +118,62 @@ def test_pool_2_has_flags_for_a_type() -> None:
     ]
 
 
+def stack(text: bytes, levels: bytes = b"0000004d:40000000") -> bytes:
+    return HEADER + b"warn:debugstr:vDbgPrintExWithPrefix " + levels + b": kdriver:stack " + text
+
+
+def test_a_stack_record_is_no_print() -> None:
+    events = events_of(called(), stack(b"14a0370 180001f2b 180001070 fffff80012345678\n"))
+    assert events[1:] == [
+        PoolStack(1.5, "hello", 0x14A0370, (0x180001F2B, 0x180001070, 0xFFFFF80012345678))
+    ]
+
+
+def test_a_stack_record_that_wine_cuts_in_two_is_whole() -> None:
+    record = stack(b"14a0370 %s\n" % b" ".join([b"fffff80012345678"] * 27))
+    border = record.index(b"0000004d:")
+    (event,) = events_of(called(), record[:border], record[border:])[1:]
+    assert isinstance(event, PoolStack)
+    assert event.frames == (0xFFFFF80012345678,) * 27
+
+
+def test_equal_stacks_take_the_memory_of_one() -> None:
+    first, second = events_of(
+        called(), stack(b"14a0370 1234567890\n"), stack(b"14a03a0 1234567890\n")
+    )[1:]
+    assert isinstance(first, PoolStack)
+    assert isinstance(second, PoolStack)
+    assert (first.address, second.address) == (0x14A0370, 0x14A03A0)
+    assert first.frames is second.frames
+
+
+def test_a_stack_of_no_known_driver_is_nothing() -> None:
+    assert events_of(stack(b"14a0370 180001f2b\n")) == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        stack(b"14a0370 180001f2b\n", b"00000000:00000001"),
+        stack(b"14a0370 180001f2b\n", b"0000004d:00000008"),
+        stack(b"14a0370 180001f2b\n", b"0000004e:40000000"),
+        stack(b"\n"),
+        stack(b"14a0370 180001F2B\n"),
+        stack(b"14a0370 0\n"),
+        stack(b"14a0370 180001f2b \n"),
+        stack(b"14a0370  180001f2b\n"),
+        stack(b"14a0370 180001f2b\nmore\n"),
+        stack(b"14a0370 12345678123456781\n"),
+        stack(b"14a0370" + b" 1" * 29 + b"\n"),
+        stack(b"nonsense\n"),
+    ],
+)
+def test_what_only_looks_like_a_stack_record_is_a_print(message: bytes) -> None:
+    event = events_of(called(), message)[-1]
+    assert isinstance(event, DebugPrint)
+    assert event.raw == message[message.index(b"kdriver:") :]
+
+
 def test_an_allocation_that_failed_is_none() -> None:
     events = events_of(
         called(),
@@ -188,6 +245,27 @@ def test_bytes_that_are_no_utf_8_are_kept() -> None:
 def test_a_bug_check_has_code_and_parameters() -> None:
     events = events_of(called(), HEADER + b"err:ntoskrnl:KeBugCheckEx e2e2 1 2 3 4\n")
     assert events[-1] == BugCheck(1.5, "hello", 0xE2E2, (1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        b"KeBugCheckEx(0000e2e2,00000001,00000002,00000003,00000004) ret=180001029",
+        b"KeBugCheck(0000e2e2) ret=180001029",
+    ],
+)
+def test_a_bug_check_has_its_caller(call: bytes) -> None:
+    other = b"1933.239:010c:0120:"
+    events = events_of(
+        called(),
+        HEADER + b"Call ntoskrnl.exe.%s\n" % call,
+        other + b"err:ntoskrnl:KeBugCheckEx e2e2 0 0 0 0\n",
+        HEADER + b"err:ntoskrnl:KeBugCheckEx e2e2 1 2 3 4\n",
+    )
+    assert events[1:] == [
+        BugCheck(1.5, "hello", 0xE2E2, (0, 0, 0, 0), None),
+        BugCheck(1.5, "hello", 0xE2E2, (1, 2, 3, 4), 0x180001029),
+    ]
 
 
 def test_a_page_fault_has_address_and_access_and_is_the_sender_s() -> None:
@@ -344,6 +422,8 @@ def test_an_exception_code_too_large_to_be_one_is_only_text() -> None:
 
 MESSAGES = [
     called(),
+    stack(b"14a0370 180001f2b\n"),
+    HEADER + b"Call ntoskrnl.exe.KeBugCheck(0000e2e2) ret=180001029\n",
     printed(b"a\nb\n\n"),
     printed(b"\xff" * 960 + b"\n"),
     HEADER + b"Call ntoskrnl.exe.ExAllocatePoolWithTag(00000200,0000000f,74737572) ret=18000102a\n",

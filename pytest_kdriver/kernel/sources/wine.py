@@ -7,6 +7,9 @@ Asked for as ``DEBUG_CHANNELS``, with ``RELAYED`` as the registry's RelayInclude
     1933.239:00dc:00ec:Call ntoskrnl.exe.ExAllocatePoolWithTag(00000200,0000000f,74737572) ret=18000102a
     1933.239:00dc:00ec:Ret  ntoskrnl.exe.ExAllocatePoolWithTag() retval=014a0370 ret=18000102a
     1933.239:00dc:00ec:warn:debugstr:vDbgPrintExWithPrefix 00000000:00000001: Hello, world!
+    1933.239:00dc:00ec:warn:debugstr:vDbgPrintExWithPrefix 0000004d:40000000: kdriver:stack 14a0370 180001f2b ...
+    1933.239:00dc:00ec:Call ntoskrnl.exe.KeBugCheckEx(0000e2e2,00000001,...) ret=18000103f
+    1933.239:00dc:00ec:err:ntoskrnl:KeBugCheckEx e2e2 1 2 3 4
     1933.239:00dc:00ec:Ret  driver init 0000000180001000 (obj=...,str=L"...\\hello") retval=00000000
     wine: Unhandled page fault on write access to 0000000000000010 at address 00000000021A1010 (thread 0204),
 
@@ -15,6 +18,10 @@ but the start of a message counts as a header, and the stream that is fed to the
 each message stands in a frame, a u32 of its length, a u32 of the Unix process that sent it (0: not
 known), both little-endian, then the message. Wine writes a long message as two, header and text: a
 message without its newline is joined with the next one of its sender.
+
+A ``kdriver:stack`` record is what the Rust framework's allocator says by DbgPrintEx, where it is built to:
+the block that it has just been given, and the return addresses behind it, innermost first. It is one, and no
+print, at that component and level only: DPFLTR_IHVDRIVER_ID and 30, which Wine shows as that bit.
 
 Seen on Wine 8.0. The process of a message tells the driver, since services.exe gives each driver without
 a load-order group a process of its own.
@@ -43,6 +50,7 @@ from pytest_kdriver.kernel.events import (
     MissingExport,
     PoolAllocated,
     PoolFreed,
+    PoolStack,
     UnhandledException,
 )
 from pytest_kdriver.ntstatus import NTSTATUS
@@ -61,21 +69,27 @@ _ALLOCATE = (
     "ExAllocatePool3",
 )
 _FREE = ("ExFreePool", "ExFreePoolWithTag", "ExFreePool2")
-RELAYED: Final = ";".join(f"ntoskrnl.exe.{name}" for name in _ALLOCATE + _FREE)
+_BUG_CHECKS = ("KeBugCheckEx", "KeBugCheck")
+RELAYED: Final = ";".join(f"ntoskrnl.exe.{name}" for name in _ALLOCATE + _FREE + _BUG_CHECKS)
 
 FRAME_HEADER: Final = struct.Struct("<II")
 MAX_MESSAGE: Final = 1 << 20
 """A frame larger than this is an error. Wine writes some 1,100 bytes at a time; a pipe's worth is 64 KiB."""
 
 _REMEMBERED = 4096
-"""How many processes, threads, senders and unanswered calls are kept in mind; those that nothing was heard
-of for the longest are forgotten."""
+"""How many processes, threads, senders, stacks and unanswered calls are kept in mind; those that nothing was
+heard of for the longest are forgotten."""
 
 _HEADER = re.compile(rb"\d+\.\d{3}:([0-9a-f]{4,8}):([0-9a-f]{4,8}):")
 _PRINT = b"warn:debugstr:vDbgPrintExWithPrefix "
 _PRINT_LEVELS = re.compile(rb"([0-9a-f]{8}):([0-9a-f]{8}): ")
+_STACK = b"0000004d:40000000: kdriver:stack "
+_STACK_RECORD = re.compile(rb"([1-9a-f][0-9a-f]{0,15})((?: [1-9a-f][0-9a-f]{0,15}){0,28})\n")
 _POOL_CALL = re.compile(rb"Call ntoskrnl\.exe\.(Ex\w+)\(([0-9a-f,]*)\) ret=([0-9a-f]+)")
 _POOL_RETURN = re.compile(rb"Ret  ntoskrnl\.exe\.(Ex\w+)\(\) retval=([0-9a-f]+) ret=([0-9a-f]+)")
+_BUG_CHECK_CALL = re.compile(
+    rb"Call ntoskrnl\.exe\.KeBugCheck(?:Ex)?\([0-9a-f,]*\) ret=([0-9a-f]+)"
+)
 _KEY_NAME = rb'L"(?:[^"\\]|\\.)*\\\\((?:[^"\\]|\\[^\\])*)"'
 """A registry path; the group is its last part. Backslashes and quotes are escaped by a backslash."""
 
@@ -147,11 +161,15 @@ class _PoolCall:
 
 @dataclass(slots=True)
 class _Thread:
-    """A thread of the guest: the driver whose DriverEntry it runs, the pool calls that it is in."""
+    """A thread of the guest: the driver whose DriverEntry it runs, the pool calls that it is in.
+
+    ``bug_check_caller`` is who has just called KeBugCheckEx.
+    """
 
     process: int
     running: str | None = None
     calls: list[_PoolCall] = field(default_factory=list)
+    bug_check_caller: int | None = None
 
 
 @dataclass(slots=True)
@@ -170,6 +188,7 @@ class WineTrace:
         self._processes: OrderedDict[int, _Process] = OrderedDict()
         self._threads: OrderedDict[int, _Thread] = OrderedDict()
         self._senders: OrderedDict[int, _Sender] = OrderedDict()
+        self._stacks: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
         self._now = 0.0
 
     def receive_data(self, data: bytes, now: float) -> list[Event]:
@@ -258,7 +277,11 @@ class WineTrace:
             del self._processes[process]
             self._threads[thread] = _Thread(process)
 
-    def _print(self, message: bytes, at: int, process: int, thread: int) -> Event:
+    def _print(self, message: bytes, at: int, process: int, thread: int) -> Event | None:
+        if message.startswith(_STACK, at):
+            record = _STACK_RECORD.fullmatch(message, at + len(_STACK))
+            if record is not None:
+                return self._stack(int(record[1], 16), record[2], self._driver(process, thread))
         levels = _PRINT_LEVELS.match(message, at)
         if levels is None:
             return DebugPrint(self._now, self._driver(process, thread), message[at:])
@@ -269,6 +292,17 @@ class WineTrace:
             int(levels[1], 16),
             int(levels[2], 16),
         )
+
+    def _stack(self, address: int, addresses: bytes, driver: str | None) -> Event | None:
+        if driver is None:
+            return None
+        frames = _recall(
+            self._stacks, addresses
+        )  # the same few stacks over and over: one tuple each
+        if frames is None:
+            frames = tuple(int(frame, 16) for frame in addresses.split())
+            _remember(self._stacks, addresses, frames)
+        return PoolStack(self._now, driver, address, frames)
 
     def _relay(self, body: bytes, process: int, thread: int, number: int) -> Event | None:
         if call := _POOL_CALL.match(body):
@@ -281,6 +315,8 @@ class WineTrace:
             return self._pool_returned(returned, process, thread)
         if driver := _DRIVER_CALL.match(body):
             return self._driver_called(driver, process, thread, number)
+        if bug_check := _BUG_CHECK_CALL.match(body):
+            self._threads[thread].bug_check_caller = int(bug_check[1], 16)
         return None
 
     def _pool_returned(self, returned: re.Match[bytes], process: int, thread: int) -> Event | None:
@@ -358,7 +394,8 @@ class WineTrace:
             return DriverLoadFailed(self._now, _unescape(failed[1]), status)
         if bug_check := _BUG_CHECK.match(body):
             parameters = tuple(int(value, 16) for value in bug_check[2].split())
-            return BugCheck(self._now, driver, int(bug_check[1], 16), parameters)
+            caller = self._threads[thread].bug_check_caller
+            return BugCheck(self._now, driver, int(bug_check[1], 16), parameters, caller)
         if body.startswith(b"err:"):
             return KernelMessage(self._now, driver, _text(body))
         return None
