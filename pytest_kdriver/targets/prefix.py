@@ -32,6 +32,12 @@ _OLDEST: Final = (8, 0)
 _VERSION: Final = re.compile(r"wine-((\d+)\.(\d+)\S*)")
 """Then may follow whose it is: ``wine-8.0 (Debian 8.0~repack-4)``."""
 
+_SERVER_NOTE: Final = "wineserver"
+"""The file in which Debian's Wine keeps the name of the folder of a prefix's socket."""
+
+_NOT_INHERITED: Final = frozenset({"DISPLAY", "WAYLAND_DISPLAY", "TMPDIR"})
+"""No windows; and Debian's Wine 10 dies of a TMPDIR (it frees what getenv gave it)."""
+
 _SETTINGS: Final = f"""Windows Registry Editor Version 5.00
 
 [HKEY_CURRENT_USER\\Software\\Wine\\Debug]
@@ -57,15 +63,11 @@ class Wine:
     version: str
 
     def environment(self, prefix: Path, channels: str) -> dict[str, str]:
-        """The environment of a program of ``prefix`` that traces ``channels``.
-
-        Debian's wineserver makes a folder for its socket in TMPDIR, which is the run's folder, so that it
-        goes with the run whatever becomes of us.
-        """
+        """The environment of a program of ``prefix`` that traces ``channels``."""
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith("WINE") and name not in ("DISPLAY", "WAYLAND_DISPLAY")
+            if not name.startswith("WINE") and name not in _NOT_INHERITED
         }
         return inherited | {
             "WINEPREFIX": str(prefix),
@@ -73,7 +75,6 @@ class Wine:
             "WINEARCH": "win64",
             "WINEDLLOVERRIDES": "mscoree,mshtml=",  # no offer to install Mono or Gecko
             "WINESERVER": self.server,
-            "TMPDIR": str(prefix.parent),
         }
 
 
@@ -154,6 +155,7 @@ def template(wine: Wine, run: Run) -> Path:
 
 def _make(wine: Wine, prefix: Path) -> None:
     prefix.mkdir()
+    _place_server(prefix)
     environment = wine.environment(prefix, "-all")
     settings = prefix.with_name("settings.reg")
     settings.write_text(_SETTINGS, encoding="utf-8")
@@ -203,12 +205,13 @@ def clone(source: Path, destination: Path) -> None:
             path = Path(folder, name)
             if path.is_symlink():
                 (there / name).symlink_to(path.readlink())
-            elif name == "wineserver":
-                continue  # Debian's Wine notes its socket's folder here
+            elif name == _SERVER_NOTE:
+                continue
             elif path.suffix in (".dll", ".exe", ".sys", ".drv", ".ocx", ".nls", ".cpl", ".acm"):
                 (there / name).hardlink_to(path)
             else:
                 shutil.copy2(path, there / name)
+    _place_server(destination)
 
 
 def end(prefix: Path, *, patience: float = 10.0) -> None:
@@ -267,12 +270,30 @@ def _remove_server(prefix: Path) -> None:
             remove_tree(folder)
 
 
-def _server_folders(prefix: Path) -> list[Path]:
-    """Where the prefix's wineserver has its socket: as Wine does it, and as Debian's does."""
+def _place_server(prefix: Path) -> None:
+    """Have Debian's wineserver make its socket beside ``prefix``, so that it goes with the run.
+
+    The note names the folder as seen from /tmp, and has to be of mode 0400: Debian's patch
+    temporary-directory, the same in Wine 8 and 10. Other Wines do not look at it.
+    """
+    note = prefix / _SERVER_NOTE
+    note.write_text(os.path.relpath(_own_server_folder(prefix), Path("/tmp").resolve()))  # noqa: S108
+    note.chmod(0o400)
+
+
+def _own_server_folder(prefix: Path) -> Path:
+    return prefix.with_name(f"{prefix.name}-server")
+
+
+def _server_folders(prefix: Path) -> tuple[Path, ...]:
+    """Where the prefix's wineserver may have its socket: as Wine does it, and as Debian's does.
+
+    Debian's takes the user's folder in /run where there is one, and the one that it was told else.
+    """
     status = prefix.stat()
-    folders = [Path(f"/tmp/.wine-{os.getuid()}/server-{status.st_dev:x}-{status.st_ino:x}")]  # noqa: S108
-    with contextlib.suppress(OSError):
-        name = (prefix / "wineserver").read_text().strip()
-        if name.startswith("wine-") and "/" not in name:
-            folders.append(prefix.with_name(name))
-    return folders
+    server = f"server-{status.st_dev:x}-{status.st_ino:x}"
+    return (
+        Path(f"/tmp/.wine-{os.getuid()}", server),  # noqa: S108
+        Path(f"/run/user/{os.getuid()}/wine", server),
+        _own_server_folder(prefix),
+    )

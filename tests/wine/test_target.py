@@ -269,8 +269,16 @@ class TestAgent:
 
 class TestEnd:
     def test_leaves_nothing(
-        self, own_cache: Path, cargo: Cargo, left_behind: Callable[[], list[str]]
+        self,
+        own_cache: Path,
+        cargo: Cargo,
+        left_behind: Callable[[], list[str]],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        temporary = tmp_path / "tmp"
+        temporary.mkdir()
+        monkeypatch.setenv("TMPDIR", str(temporary))  # Debian's Wine 10 dies of one
         before = set(left_behind())
         target = WineTarget(CONFIG)
         target.start()
@@ -283,6 +291,7 @@ class TestEnd:
         target.close()
         assert not set(left_behind()) - before
         assert not server.exists()
+        assert not list(temporary.iterdir())
 
     def test_leaves_no_file_descriptor_however_often(self, own_cache: Path, cargo: Cargo) -> None:
         def open_descriptors() -> int:
