@@ -78,12 +78,8 @@ _STATUS_OF_CODE: Final = {
 }
 """What NtLoadDriver says where Wine's service control manager says this without running DriverEntry."""
 
-_DEVICE_GONE: Final = (
-    NTSTATUS.STATUS_FILE_DELETED,
-    NTSTATUS.STATUS_NO_SUCH_DEVICE,
-    NTSTATUS.STATUS_CANCELLED,
-)
-"""What Wine's I/O with a device says when the process of its driver ends."""
+_DEVICE_GONE: Final = NTSTATUS.STATUS_FILE_DELETED
+"""What I/O with a device comes back with on Wine when the process of its driver ends, or has ended."""
 
 _PROCESS_ENDED: Final = "the process that the driver ran in was ended"
 
@@ -323,8 +319,8 @@ class WineTarget:
         self._catch_up()
         if result is None or result.outcome is IoOutcome.STUCK:
             raise CallTimeout(self._cut_device(service))
-        if result.status in _DEVICE_GONE and self._watch_of(service) is not None:
-            # Its process is ending, or another one of its devices went: the watch will know.
+        if result.status == _DEVICE_GONE and self._watch_of(service) is not None:
+            # Unless the driver itself said so, the watch will soon know.
             self.log.window(service, position).wait_for(
                 lambda _, event: is_crash(event, service), DEATH_TIMEOUT
             )
