@@ -9,8 +9,8 @@
 //! | `Fault` | `REG_SZ` | | `double-free` or `wrong-tag`: in the same place, one more block is freed so |
 //!
 //! Blocks with the driver's own tag come from Rust's allocator, others straight from the pool. The
-//! first half is allocated at one place in the source, the rest at another. An init that fails
-//! leaks nothing.
+//! first half are buffers and the rest names, each kind allocated by lines of the source of its own.
+//! An init that fails leaks nothing.
 
 #![no_std]
 
@@ -80,8 +80,8 @@ impl Plan {
         let mut blocks = Vec::new();
         blocks.try_reserve_exact(self.blocks)?;
         let half = self.blocks.div_ceil(2);
-        self.allocate_first_half(&mut blocks, half)?;
-        self.allocate_second_half(&mut blocks, self.blocks - half)?;
+        self.allocate_buffers(&mut blocks, half)?;
+        self.allocate_names(&mut blocks, self.blocks - half)?;
         if let Some(fault) = self.fault {
             fault.commit()?;
         }
@@ -89,18 +89,40 @@ impl Plan {
         Ok(())
     }
 
+    // Here and below each block is allocated by the function itself and not by one that both share:
+    // whoever looks for the leak finds the half that it is of.
     #[inline(never)]
-    fn allocate_first_half(&self, blocks: &mut Vec<Block>, count: usize) -> Result<(), Error> {
+    fn allocate_buffers(&self, blocks: &mut Vec<Block>, count: usize) -> Result<(), Error> {
         for _ in 0..count {
-            blocks.push(Block::try_new(self.bytes, self.tag(blocks.len()))?);
+            let tag = self.tag(blocks.len());
+            blocks.push(if tag == OWN_TAG {
+                let mut buffer = Vec::new();
+                buffer.try_reserve_exact(self.bytes)?;
+                Block::Buffer(buffer)
+            } else {
+                // SAFETY: neither the size nor the tag is zero.
+                let pool =
+                    unsafe { ExAllocatePoolWithTag(NonPagedPoolNx, self.bytes, tag.to_ulong()) };
+                Block::Pool(PoolBlock::new(pool, tag)?)
+            });
         }
         Ok(())
     }
 
     #[inline(never)]
-    fn allocate_second_half(&self, blocks: &mut Vec<Block>, count: usize) -> Result<(), Error> {
+    fn allocate_names(&self, blocks: &mut Vec<Block>, count: usize) -> Result<(), Error> {
         for _ in 0..count {
-            blocks.push(Block::try_new(self.bytes, self.tag(blocks.len()))?);
+            let tag = self.tag(blocks.len());
+            blocks.push(if tag == OWN_TAG {
+                let mut name = String::new();
+                name.try_reserve_exact(self.bytes)?;
+                Block::Name(name)
+            } else {
+                // SAFETY: neither the size nor the tag is zero.
+                let pool =
+                    unsafe { ExAllocatePoolWithTag(NonPagedPoolNx, self.bytes, tag.to_ulong()) };
+                Block::Pool(PoolBlock::new(pool, tag)?)
+            });
         }
         Ok(())
     }
@@ -130,22 +152,9 @@ fn tags(names: Option<Vec<String>>) -> Result<Vec<PoolTag>, Error> {
 /// Memory that is freed when it is dropped, and leaks when it is forgotten.
 #[allow(dead_code)] // owned, and never looked at
 enum Block {
-    Rust(Vec<u8>),
+    Buffer(Vec<u8>),
+    Name(String),
     Pool(PoolBlock),
-}
-
-impl Block {
-    // Inlined in every build, as below: whoever looks for the leak finds the half that called.
-    #[allow(clippy::inline_always)]
-    #[inline(always)]
-    fn try_new(bytes: usize, tag: PoolTag) -> Result<Self, Error> {
-        if tag != OWN_TAG {
-            return Ok(Self::Pool(PoolBlock::try_new(bytes, tag)?));
-        }
-        let mut memory = Vec::new();
-        memory.try_reserve_exact(bytes)?;
-        Ok(Self::Rust(memory))
-    }
 }
 
 struct PoolBlock {
@@ -154,11 +163,8 @@ struct PoolBlock {
 }
 
 impl PoolBlock {
-    #[allow(clippy::inline_always)]
-    #[inline(always)]
-    fn try_new(bytes: usize, tag: PoolTag) -> Result<Self, Error> {
-        // SAFETY: neither the size nor the tag is zero.
-        let address = unsafe { ExAllocatePoolWithTag(NonPagedPoolNx, bytes, tag.to_ulong()) };
+    /// What the pool gave for this tag, if it is not null.
+    fn new(address: *mut c_void, tag: PoolTag) -> Result<Self, Error> {
         let address = NonNull::new(address).ok_or(Error::INSUFFICIENT_RESOURCES)?;
         Ok(Self { address, tag })
     }
@@ -188,7 +194,9 @@ impl Fault {
     }
 
     fn commit(self) -> Result<(), Error> {
-        let mut block = PoolBlock::try_new(64, OWN_TAG)?;
+        // SAFETY: neither the size nor the tag is zero.
+        let pool = unsafe { ExAllocatePoolWithTag(NonPagedPoolNx, 64, OWN_TAG.to_ulong()) };
+        let mut block = PoolBlock::new(pool, OWN_TAG)?;
         match self {
             Self::DoubleFree => {
                 // SAFETY: none; the drop frees it again, which is the fault that was asked for.

@@ -69,6 +69,10 @@ unsafe impl Pool for KernelAllocator {
             // SAFETY: as above.
             unsafe { allocate(POOL_FLAG_NON_PAGED | POOL_FLAG_UNINITIALIZED, bytes, tag) }
         };
+        #[cfg(feature = "capture-stacks")]
+        if !block.is_null() {
+            crate::stack::record(block.cast());
+        }
         block.cast()
     }
 

@@ -1,5 +1,7 @@
 //! A driver as the kernel sees it, and as its author does.
 
+use crate::device::Device;
+use crate::device_list;
 use crate::error::Error;
 use core::ptr::NonNull;
 use windows_kernel_sys::base::DRIVER_OBJECT;
@@ -48,7 +50,8 @@ pub trait KernelModule: Sized + Send + Sync + 'static {
     /// [`cleanup`](Self::cleanup) is not called.
     fn init(driver: Driver, registry_path: &str) -> Result<Self, Error>;
 
-    /// Called before the driver is unloaded. The module is dropped right after.
+    /// Called before the driver is unloaded, when its devices are gone. The module is dropped right
+    /// after.
     fn cleanup(&mut self, driver: Driver);
 }
 
@@ -93,6 +96,42 @@ impl Driver {
     pub unsafe fn as_raw_mut(&mut self) -> &mut DRIVER_OBJECT {
         // SAFETY: as above.
         unsafe { self.object.as_mut() }
+    }
+
+    /// Makes a device that programs can open, at once and by a link.
+    ///
+    /// `name` is the kernel's, such as `\Device\Echo`, and `link` what leads there, `\??\Echo` for
+    /// what programs call `\\.\Echo`. The value lives in the device's extension, at its own
+    /// alignment; one of nearly 64 KiB does not compile, and as a kernel's stack is small and the
+    /// value passes over it, far less is right.
+    ///
+    /// The framework keeps the device. When the driver is unloaded, and when `init` fails, first all
+    /// links are deleted, and the devices refuse whatever is asked of them, with
+    /// `STATUS_DELETE_PENDING`. Then one device after the other, the newest first, waits for the end
+    /// of the requests in it, its value is dropped, and it is deleted.
+    /// [`cleanup`](KernelModule::cleanup) comes after.
+    ///
+    /// Anybody may open it: its security is what the kernel gives to a device without one of its
+    /// own. Who may do what has to be asked in [`Device::create`] or by the [`Access`] of a control
+    /// code.
+    ///
+    /// A driver with such devices has no others, and leaves `MajorFunction` alone.
+    ///
+    /// [`Access`]: crate::device::Access
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OBJECT_NAME_COLLISION`] if name or link is taken; [`Error::DELETE_PENDING`] in
+    /// `cleanup`, for devices come before; when there is not enough memory, or the kernel refuses.
+    pub fn create_device<D: Device>(
+        &mut self,
+        name: &str,
+        link: &str,
+        device: D,
+    ) -> Result<(), Error> {
+        // SAFETY: our own live object. Who has it is in `init` or `cleanup`: it goes to no other
+        // thread, and ends with them.
+        unsafe { device_list::create(self.object.as_ptr(), name, link, device) }
     }
 
     /// From now on this driver cannot be unloaded: it has no `DriverUnload`.

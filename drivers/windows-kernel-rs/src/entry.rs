@@ -1,13 +1,14 @@
 //! What `kernel_module!` expands to, and what it calls. Not for use by hand.
 
 use crate::allocator;
+use crate::device_list;
 use crate::driver::{Driver, KernelModule};
 use crate::error::Error;
 use crate::unicode;
 use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
+use windows_kernel_sys::base::STATUS_SUCCESS;
 pub use windows_kernel_sys::base::{DRIVER_OBJECT, DRIVER_UNLOAD, NTSTATUS, UNICODE_STRING};
-use windows_kernel_sys::base::{NT_SUCCESS, STATUS_SUCCESS, STATUS_UNSUCCESSFUL};
 
 /// What the linker is told by the object file, so that nobody need tell it by hand.
 ///
@@ -59,7 +60,11 @@ impl<Module: KernelModule> ModuleSlot<Module> {
                 unsafe { (*self.module.get()).write(module) };
                 STATUS_SUCCESS
             }
-            Err(error) => failure(error),
+            Err(error) => {
+                // SAFETY: `DriverEntry` is running, and this is its thread.
+                unsafe { device_list::delete_all() };
+                error.to_failure()
+            }
         }
     }
 
@@ -70,9 +75,10 @@ impl<Module: KernelModule> ModuleSlot<Module> {
     /// `driver` is what the kernel gave to `DriverUnload`; it calls this once, after a successful
     /// [`start`](Self::start).
     pub unsafe fn stop(&self, driver: *mut DRIVER_OBJECT) {
-        // SAFETY: `start` put a module there, and nobody else uses it: the driver is being
-        // unloaded.
+        // SAFETY: `DriverUnload` is running, and this is its thread. `start` put a module there, and
+        // nobody else uses it.
         unsafe {
+            device_list::delete_all();
             let module = &mut *self.module.get();
             module.assume_init_mut().cleanup(Driver::from_raw(driver));
             module.assume_init_drop();
@@ -99,16 +105,6 @@ unsafe fn init<Module: KernelModule>(
         )
     };
     Module::init(driver, &path)
-}
-
-/// The status of a start that failed: never one that would make the kernel believe otherwise.
-fn failure(error: Error) -> NTSTATUS {
-    let status = error.to_kernel_errno();
-    if NT_SUCCESS(status) {
-        STATUS_UNSUCCESSFUL
-    } else {
-        status
-    }
 }
 
 /// Makes a driver of a [`KernelModule`].

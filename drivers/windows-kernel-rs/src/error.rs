@@ -52,8 +52,8 @@ impl Error {
 impl Error {
     /// The error of this status.
     ///
-    /// Any status will do here. One that means success makes a driver's start fail with
-    /// `STATUS_UNSUCCESSFUL`: a driver that did not start shall not pass for one that did.
+    /// Any status will do here. One that means success makes a driver's start, or a device's
+    /// request, fail with `STATUS_UNSUCCESSFUL`: what failed shall not pass for what did not.
     #[must_use]
     pub const fn from_kernel_errno(status: NTSTATUS) -> Self {
         Self(status)
@@ -63,6 +63,15 @@ impl Error {
     #[must_use]
     pub const fn to_kernel_errno(&self) -> NTSTATUS {
         self.0
+    }
+
+    /// The status of what failed: never one that would make anybody believe otherwise.
+    pub(crate) const fn to_failure(self) -> NTSTATUS {
+        if NT_SUCCESS(self.0) {
+            base::STATUS_UNSUCCESSFUL
+        } else {
+            self.0
+        }
     }
 
     /// An error if the status is one, or a warning.

@@ -34,6 +34,8 @@ extern crate alloc;
 
 pub mod allocator;
 pub mod boxed;
+pub mod device;
+mod device_list;
 pub mod driver;
 #[doc(hidden)]
 pub mod entry;
@@ -42,12 +44,17 @@ pub mod format;
 pub mod io;
 mod panicking;
 pub mod parameters;
+mod request;
 mod runtime;
+mod stack;
+pub mod sync;
 pub mod time;
 mod unicode;
 
 pub use boxed::TryBox;
+pub use device::Device;
 pub use driver::{Driver, KernelModule};
 pub use error::Error;
 pub use kernel_pool::PoolTag;
 pub use parameters::Parameters;
+pub use sync::SpinLock;

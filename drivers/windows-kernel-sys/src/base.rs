@@ -19,6 +19,10 @@ pub type POOL_TYPE = i32;
 pub type POOL_FLAGS = u64;
 /// Kernel or user.
 pub type KPROCESSOR_MODE = i8;
+/// The interrupt request level of a processor.
+pub type KIRQL = u8;
+/// A spin lock; zero is a free one.
+pub type KSPIN_LOCK = usize;
 
 /// A status from the form that documentation gives it in.
 const fn status(code: u32) -> NTSTATUS {
@@ -26,6 +30,8 @@ const fn status(code: u32) -> NTSTATUS {
 }
 
 pub const STATUS_SUCCESS: NTSTATUS = status(0);
+/// A success: what was to be made is there already.
+pub const STATUS_OBJECT_NAME_EXISTS: NTSTATUS = status(0x4000_0000);
 pub const STATUS_BUFFER_OVERFLOW: NTSTATUS = status(0x8000_0005);
 pub const STATUS_DEVICE_BUSY: NTSTATUS = status(0x8000_0011);
 pub const STATUS_NO_MORE_ENTRIES: NTSTATUS = status(0x8000_001A);
@@ -77,6 +83,18 @@ pub const POOL_FLAG_UNINITIALIZED: POOL_FLAGS = 0x2;
 pub const POOL_FLAG_NON_PAGED: POOL_FLAGS = 0x40;
 
 pub const KernelMode: KPROCESSOR_MODE = 0;
+
+/// A device of no type that Microsoft knows.
+pub const FILE_DEVICE_UNKNOWN: u32 = 0x22;
+/// The device's security counts for what is opened by a name below its own, too.
+pub const FILE_DEVICE_SECURE_OPEN: u32 = 0x100;
+/// Data of reads and writes are copied by the kernel.
+pub const DO_BUFFERED_IO: u32 = 0x4;
+/// Whoever waited for the request gets no more processor time for that.
+pub const IO_NO_INCREMENT: i8 = 0;
+
+/// A component of `DbgPrintEx` that is for the makers of drivers.
+pub const DPFLTR_IHVDRIVER_ID: u32 = 77;
 
 /// Names are compared without regard to case.
 pub const OBJ_CASE_INSENSITIVE: u32 = 0x40;
@@ -136,10 +154,17 @@ pub struct SYSTEM_TIMEOFDAY_INFORMATION {
 pub type DRIVER_UNLOAD = unsafe extern "system" fn(driver: *mut DRIVER_OBJECT);
 pub type DRIVER_INITIALIZE =
     unsafe extern "system" fn(*mut DRIVER_OBJECT, *mut UNICODE_STRING) -> NTSTATUS;
-pub type DRIVER_STARTIO = unsafe extern "system" fn(device: *mut c_void, irp: *mut c_void);
+pub type DRIVER_STARTIO = unsafe extern "system" fn(device: *mut DEVICE_OBJECT, irp: *mut IRP);
 pub type DRIVER_DISPATCH =
-    unsafe extern "system" fn(device: *mut c_void, irp: *mut c_void) -> NTSTATUS;
+    unsafe extern "system" fn(device: *mut DEVICE_OBJECT, irp: *mut IRP) -> NTSTATUS;
 
+/// What is asked of a device: a file on it is opened, or its last reference goes, or its last handle.
+pub const IRP_MJ_CREATE: u8 = 0x00;
+pub const IRP_MJ_CLOSE: u8 = 0x02;
+pub const IRP_MJ_READ: u8 = 0x03;
+pub const IRP_MJ_WRITE: u8 = 0x04;
+pub const IRP_MJ_DEVICE_CONTROL: u8 = 0x0E;
+pub const IRP_MJ_CLEANUP: u8 = 0x12;
 /// The highest major function code.
 pub const IRP_MJ_MAXIMUM_FUNCTION: usize = 0x1B;
 
@@ -147,7 +172,7 @@ pub const IRP_MJ_MAXIMUM_FUNCTION: usize = 0x1B;
 pub struct DRIVER_OBJECT {
     pub Type: i16,
     pub Size: i16,
-    pub DeviceObject: *mut c_void,
+    pub DeviceObject: *mut DEVICE_OBJECT,
     pub Flags: u32,
     pub DriverStart: *mut c_void,
     pub DriverSize: u32,
@@ -162,6 +187,101 @@ pub struct DRIVER_OBJECT {
     pub MajorFunction: [Option<DRIVER_DISPATCH>; IRP_MJ_MAXIMUM_FUNCTION + 1],
 }
 
+/// The first fields. What follows, to a size of 0x150 bytes, is the kernel's.
+#[repr(C)]
+pub struct DEVICE_OBJECT {
+    pub Type: i16,
+    pub Size: u16,
+    pub ReferenceCount: i32,
+    pub DriverObject: *mut DRIVER_OBJECT,
+    pub NextDevice: *mut DEVICE_OBJECT,
+    pub AttachedDevice: *mut DEVICE_OBJECT,
+    pub CurrentIrp: *mut IRP,
+    pub Timer: *mut c_void,
+    pub Flags: u32,
+    pub Characteristics: u32,
+    pub Vpb: *mut c_void,
+    pub DeviceExtension: *mut c_void,
+    pub DeviceType: u32,
+    pub StackSize: i8,
+}
+
+/// How a request ended.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct IO_STATUS_BLOCK {
+    /// In a union with a pointer, hence the room behind it.
+    pub Status: NTSTATUS,
+    pub Information: usize,
+}
+
+/// A request. What a driver of one layer uses has its own name; the rest is `Reserved`.
+#[repr(C)]
+pub struct IRP {
+    pub Type: i16,
+    pub Size: u16,
+    pub MdlAddress: *mut c_void,
+    pub Flags: u32,
+    /// `AssociatedIrp.SystemBuffer`.
+    pub SystemBuffer: *mut c_void,
+    pub ThreadListEntry: [*mut c_void; 2],
+    pub IoStatus: IO_STATUS_BLOCK,
+    pub RequestorMode: KPROCESSOR_MODE,
+    pub PendingReturned: BOOLEAN,
+    pub StackCount: i8,
+    pub CurrentLocation: i8,
+    pub Cancel: BOOLEAN,
+    pub Reserved1: [u8; 3],
+    pub Reserved2: [*mut c_void; 4],
+    pub CancelRoutine: *mut c_void,
+    pub UserBuffer: *mut c_void,
+    pub Reserved3: [*mut c_void; 8],
+    /// `Tail.Overlay.CurrentStackLocation`.
+    pub CurrentStackLocation: *mut IO_STACK_LOCATION,
+    pub OriginalFileObject: *mut c_void,
+    pub Reserved4: *mut c_void,
+}
+
+/// What a request asks of one driver.
+#[repr(C)]
+pub struct IO_STACK_LOCATION {
+    pub MajorFunction: u8,
+    pub MinorFunction: u8,
+    pub Flags: u8,
+    pub Control: u8,
+    pub Parameters: IO_PARAMETERS,
+    pub DeviceObject: *mut DEVICE_OBJECT,
+    pub FileObject: *mut c_void,
+    pub CompletionRoutine: *mut c_void,
+    pub Context: *mut c_void,
+}
+
+/// By major function; those that [`IRP_MJ_READ`] and its neighbours have.
+#[repr(C)]
+pub union IO_PARAMETERS {
+    pub Transfer: IO_TRANSFER,
+    pub DeviceIoControl: IO_DEVICE_CONTROL,
+}
+
+/// The first field of `Parameters.Read`, and of `Parameters.Write`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct IO_TRANSFER {
+    pub Length: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct IO_DEVICE_CONTROL {
+    pub OutputBufferLength: u32,
+    /// The kernel aligns each of these to a pointer's size.
+    pub Reserved1: u32,
+    pub InputBufferLength: u32,
+    pub Reserved2: u32,
+    pub IoControlCode: u32,
+    pub Type3InputBuffer: *mut c_void,
+}
+
 const _: () = {
     assert!(size_of::<UNICODE_STRING>() == 16);
     assert!(size_of::<OBJECT_ATTRIBUTES>() == 48);
@@ -169,4 +289,21 @@ const _: () = {
     assert!(offset_of!(DRIVER_OBJECT, DriverName) == 56);
     assert!(offset_of!(DRIVER_OBJECT, DriverUnload) == 104);
     assert!(size_of::<DRIVER_OBJECT>() == 336);
+    assert!(offset_of!(DEVICE_OBJECT, Flags) == 0x30);
+    assert!(offset_of!(DEVICE_OBJECT, DeviceExtension) == 0x40);
+    assert!(offset_of!(DEVICE_OBJECT, StackSize) == 0x4C);
+    assert!(offset_of!(IRP, SystemBuffer) == 0x18);
+    assert!(offset_of!(IRP, IoStatus) == 0x30);
+    assert!(offset_of!(IO_STATUS_BLOCK, Information) == 8);
+    assert!(offset_of!(IRP, RequestorMode) == 0x40);
+    assert!(offset_of!(IRP, CancelRoutine) == 0x68);
+    assert!(offset_of!(IRP, UserBuffer) == 0x70);
+    assert!(offset_of!(IRP, CurrentStackLocation) == 0xB8);
+    assert!(size_of::<IRP>() == 0xD0);
+    assert!(offset_of!(IO_STACK_LOCATION, Parameters) == 8);
+    assert!(offset_of!(IO_DEVICE_CONTROL, InputBufferLength) == 8);
+    assert!(offset_of!(IO_DEVICE_CONTROL, IoControlCode) == 0x10);
+    assert!(offset_of!(IO_DEVICE_CONTROL, Type3InputBuffer) == 0x18);
+    assert!(offset_of!(IO_STACK_LOCATION, DeviceObject) == 0x28);
+    assert!(size_of::<IO_STACK_LOCATION>() == 0x48);
 };

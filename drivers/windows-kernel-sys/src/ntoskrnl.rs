@@ -6,8 +6,8 @@
 #![allow(non_snake_case)]
 
 use crate::base::{
-    ACCESS_MASK, BOOLEAN, HANDLE, KPROCESSOR_MODE, NTSTATUS, OBJECT_ATTRIBUTES, POOL_TYPE,
-    UNICODE_STRING,
+    ACCESS_MASK, BOOLEAN, DEVICE_OBJECT, DRIVER_OBJECT, HANDLE, IRP, KIRQL, KPROCESSOR_MODE,
+    KSPIN_LOCK, NTSTATUS, OBJECT_ATTRIBUTES, POOL_TYPE, UNICODE_STRING,
 };
 use core::ffi::{c_char, c_int, c_void};
 
@@ -19,6 +19,27 @@ unsafe extern "system" {
     pub fn ExAllocatePoolWithTag(pool_type: POOL_TYPE, bytes: usize, tag: u32) -> *mut c_void;
     pub fn ExFreePoolWithTag(block: *mut c_void, tag: u32);
 
+    pub fn IoCreateDevice(
+        driver: *mut DRIVER_OBJECT,
+        extension_bytes: u32,
+        name: *const UNICODE_STRING,
+        device_type: u32,
+        characteristics: u32,
+        exclusive: BOOLEAN,
+        device: *mut *mut DEVICE_OBJECT,
+    ) -> NTSTATUS;
+    pub fn IoCreateSymbolicLink(
+        link: *const UNICODE_STRING,
+        target: *const UNICODE_STRING,
+    ) -> NTSTATUS;
+    /// The device goes when nobody refers to it any more.
+    pub fn IoDeleteDevice(device: *mut DEVICE_OBJECT);
+    pub fn IoDeleteSymbolicLink(link: *const UNICODE_STRING) -> NTSTATUS;
+    /// After it the request is the kernel's, or gone.
+    pub fn IofCompleteRequest(irp: *mut IRP, boost: i8);
+
+    /// Gives the level that the processor was at, and raises it to `DISPATCH_LEVEL`.
+    pub fn KeAcquireSpinLockRaiseToDpc(lock: *mut KSPIN_LOCK) -> KIRQL;
     pub fn KeBugCheckEx(
         code: u32,
         parameter1: usize,
@@ -33,8 +54,19 @@ unsafe extern "system" {
         interval: *const i64,
     ) -> NTSTATUS;
 
+    /// Sets the processor to the level that it was at before.
+    pub fn KeReleaseSpinLock(lock: *mut KSPIN_LOCK, level: KIRQL);
+
     /// An exported function or variable of the kernel, or null.
     pub fn MmGetSystemRoutineAddress(name: *const UNICODE_STRING) -> *mut c_void;
+
+    /// Return addresses, innermost first, and how many. The hash may be null.
+    pub fn RtlCaptureStackBackTrace(
+        skip: u32,
+        most: u32,
+        frames: *mut *mut c_void,
+        hash: *mut u32,
+    ) -> u16;
 
     pub fn ZwClose(handle: HANDLE) -> NTSTATUS;
     pub fn ZwOpenKey(
@@ -64,6 +96,8 @@ unsafe extern "system" {
 )]
 unsafe extern "C" {
     pub fn DbgPrint(format: *const c_char, ...) -> NTSTATUS;
+    /// A level below 32 is a bit of the component's mask.
+    pub fn DbgPrintEx(component: u32, level: u32, format: *const c_char, ...) -> NTSTATUS;
 
     // What compiled code calls unasked. The `core` of this target has none of them.
 
