@@ -1,0 +1,121 @@
+"""What a kernel has for drivers: the exports of its modules, read in the files of its Windows folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import Final
+
+from pytest_kdriver.errors import ImageError
+from pytest_kdriver.image.pe import Exports, Image, Symbol, read_image
+
+_FOLDERS: Final = ("system32", "system32/drivers")
+"""Where a driver's imports are looked for, by Windows and by Wine's winedevice.exe."""
+
+_MAX_FORWARDS: Final = 8
+_STUB_SIZE: Final = 19
+
+_STUB: Final = re.compile(
+    rb"\x48\x83\xec\x28"  # sub rsp, 0x28
+    rb"\x48\x8d\x0d(?P<module>.{4})"  # lea rcx, [the module's name]
+    rb"(?:\x48\x8d\x15|\x48\xc7\xc2).{4}"  # lea rdx, [the function's name]; mov rdx, its ordinal
+    rb"\xe8",  # call __wine_spec_unimplemented_stub
+    re.DOTALL,
+)
+"""The function that Wine's winebuild (tools/winebuild/spec32.c) makes of a ``@ stub`` in a .spec file."""
+
+
+class Availability(Enum):
+    """Whether a kernel has an export."""
+
+    PRESENT = "present"
+    STUB = "stub"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelExports:
+    """The kernel whose Windows folder (``drive_c/windows`` in a Wine prefix) is ``windows``.
+
+    ``name`` is the kernel's, for messages. Nothing is kept but what the files say, so modules that were
+    put there meanwhile are seen; a file is read once, and again when it changes.
+    """
+
+    windows: Path
+    name: str
+
+    def module(self, name: str) -> KernelModule | None:
+        """The kernel's module ``name``; None: it has none. Raises ``ImageError`` where that can't be read.
+
+        Names have no case in Windows, and one without an ending means a .dll.
+        """
+        wanted = name.lower() if "." in name else f"{name.lower()}.dll"
+        for folder in _FOLDERS:
+            for entry in _entries(self.windows / folder):
+                if entry.lower() == wanted:
+                    image, exports = _read(self.windows / folder / entry)
+                    return KernelModule(self, wanted, image, exports)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class KernelModule:
+    """A module of ``kernel``, as its file has it."""
+
+    kernel: KernelExports
+    name: str
+    image: Image
+    exports: Exports
+
+    def look_up(self, symbol: Symbol) -> Availability:
+        """Whether it exports ``symbol``; where it only forwards it, whether the other module does.
+
+        Raises ``ImageError`` where a module's file makes no sense.
+        """
+        module: KernelModule | None = self
+        for _ in range(_MAX_FORWARDS):
+            address = None if module is None else module.exports.address(symbol)
+            if module is None or address is None:
+                return Availability.MISSING
+            if address not in module.exports.directory:
+                return Availability.STUB if module.is_stub(address) else Availability.PRESENT
+            forwarder = module.image.forwarder(address)
+            module, symbol = self.kernel.module(forwarder.module), forwarder.symbol
+        return Availability.MISSING
+
+    def is_stub(self, address: int) -> bool:
+        """Whether the code at ``address`` is a stub: it hands on the name of the module it was made for."""
+        try:
+            match = _STUB.match(self.image.read(address, _STUB_SIZE))
+            if match is None:
+                return False
+            (distance,) = struct.unpack("<i", match["module"])
+            return self.image.text(address + match.end("module") + distance).lower() == self.name
+        except ImageError:  # data near a section's end, for one
+            return False
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)  # noqa: PTH208 -- hundreds of names, for each module
+    except OSError:
+        return []
+
+
+def _read(file: Path) -> tuple[Image, Exports]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise ImageError(f"{file} can't be read: {error}") from error
+    return _read_version(file, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=32)
+def _read_version(file: Path, changed: int, size: int) -> tuple[Image, Exports]:  # noqa: ARG001 -- keys
+    image = read_image(file)
+    return image, image.exports()
