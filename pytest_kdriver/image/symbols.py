@@ -6,6 +6,7 @@ mingw's gcc has it. Both are read by Sentry's ``symbolic``, inlined functions in
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -55,8 +56,14 @@ def load_symbols(image: Path) -> Symbols:
 
     The PDB is looked for beside the image, by the image's name and by the name that the image gives it, and
     at the path that the image gives; one of another build is not used. Raises nothing: what is missing, or
-    broken, leaves the symbols without an answer, and ``problem`` says so.
+    broken, leaves the symbols without an answer, and ``problem`` says so. Those of the last few images are
+    kept for as long as the files stay the same.
     """
+    return _load(image, _stamp(image), _stamp(image.with_suffix(".pdb")))
+
+
+@functools.lru_cache(maxsize=16)
+def _load(image: Path, *_stamps: tuple[int, int] | None) -> Symbols:
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", f"{__package__}.symcache", image],
@@ -81,6 +88,15 @@ def load_symbols(image: Path) -> Symbols:
 
     table = SymCache.from_bytes(done.stdout)  # type: ignore[no-untyped-call]
     return Symbols(None, cast("_Table", table))
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file does; None where there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return None
+    return state.st_mtime_ns, state.st_size
 
 
 def _name(symbol: str) -> str:

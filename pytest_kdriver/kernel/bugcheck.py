@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from pytest_kdriver.kernel.events import BugCheck, MissingExport, ProcessDied, UnhandledException
+from pytest_kdriver.kernel.caller import Caller, Callers
+from pytest_kdriver.kernel.events import (
+    BugCheck,
+    DebugPrint,
+    MissingExport,
+    ProcessDied,
+    UnhandledException,
+)
+from pytest_kdriver.kernel.images import Images
 from pytest_kdriver.kernel.log import Window
+from pytest_kdriver.kernel.symbolizer import LoadSymbols
 from pytest_kdriver.ntstatus import NTSTATUS
 
 CrashEvent: TypeAlias = BugCheck | UnhandledException | MissingExport | ProcessDied
 _CRASH_EVENTS = (BugCheck, UnhandledException, MissingExport, ProcessDied)
 
+_PANIC = re.compile(r"panicked at (.+:\d+:\d+)")
+"""What the framework's panic handler prints before its bug check; std's words."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crash:
-    """What a crash comes down to. ``position`` is the event's in the log."""
+    """What a crash comes down to. ``position`` is the event's in the log.
+
+    ``address`` is where it was, as the guest tells it: for a call, of KeBugCheckEx too, the address that it
+    would have returned to. ``instruction`` is an address in the instruction itself.
+    """
 
     position: int
     code: int | None
     parameters: tuple[int, ...]
     address: int | None
+    instruction: int | None
     description: str
 
 
@@ -52,18 +70,49 @@ def find_crash(window: Window, driver: str, start: int | None = None) -> Crash |
     return death
 
 
+def locate_crash(crash: Crash, window: Window, driver: str, load_symbols: LoadSymbols) -> Crash:
+    """``crash``, with the place in the source of ``driver`` in its description, where that is known.
+
+    That is the first frame at its address in the driver's own source, inlined functions counted; for a
+    panic, which bug-checks in the framework, what it printed. ``window`` is one with the load in it.
+    """
+    images = Images(window, driver)
+    if crash.address is None or crash.instruction is None or images.find(crash.address) is None:
+        return crash
+    frames = Callers(images, load_symbols).frames(crash.address, crash.instruction)
+    place = Caller(tuple(frames))
+    where = f"at {place}"
+    if not place.own_frames:
+        where = _panic(crash, window, driver) or where
+        problem = load_symbols().problem
+        where += f"; no file and line: {problem}" if problem else ""
+    return replace(crash, description=f"{crash.description}, {where}")
+
+
+def _panic(crash: Crash, window: Window, driver: str) -> str | None:
+    """What the driver's last words before a bug check say of where it panicked."""
+    last = None
+    for position, event in window.numbered(None, (DebugPrint,)):
+        if position < crash.position and isinstance(event, DebugPrint) and event.driver == driver:
+            last = event
+    match = _PANIC.match(last.text) if last is not None else None
+    return match[0] if match else None
+
+
 def _crash(position: int, event: CrashEvent) -> Crash:
     parameters: tuple[int, ...] = ()
     code: int | None = None
     address: int | None = None
+    instruction: int | None = None
     match event:
         case BugCheck():
-            code, parameters = event.code, event.parameters
+            code, parameters, address = event.code, event.parameters, event.caller
+            instruction = address - 1 if address is not None else None
         case UnhandledException():
-            code, address = event.code, event.address
+            code, address, instruction = event.code, event.address, event.address
             parameters = (event.access[1],) if event.access else ()
         case MissingExport():
-            address = event.address
+            address, instruction = event.address, event.address - 1
         case ProcessDied():
             code = event.exit_code
     return Crash(
@@ -71,6 +120,7 @@ def _crash(position: int, event: CrashEvent) -> Crash:
         code=code,
         parameters=parameters,
         address=address,
+        instruction=instruction,
         description=describe(event),
     )
 

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Final, overload
 
+from pytest_kdriver.kernel.caller import Caller, Callers, Frame
 from pytest_kdriver.kernel.events import (
     DriverInitCalled,
-    ImageLoaded,
     PoolAllocated,
     PoolFreed,
+    PoolStack,
 )
+from pytest_kdriver.kernel.images import Images
 from pytest_kdriver.kernel.log import Window
+from pytest_kdriver.kernel.symbolizer import LoadSymbols
 
+__all__ = ["Caller", "Frame", "Pool", "PoolUse", "PoolUses", "WrongFree"]
 
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """A place in the guest's code: ``offset`` bytes into ``image``, or from 0 where ``image`` is None.
+_LOOKED_AT: Final = (DriverInitCalled, PoolAllocated, PoolStack, PoolFreed)
 
-    ``address`` is where that was; the same place of another load is an equal frame.
-    """
-
-    address: int = field(compare=False)
-    image: str | None
-    offset: int
-
-    def __str__(self) -> str:
-        return f"{self.image}+0x{self.offset:X}" if self.image else f"0x{self.address:X}"
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """A call stack, innermost frame first."""
-
-    frames: tuple[Frame, ...]
-
-    def __str__(self) -> str:
-        return str(self.frames[0]) if self.frames else "unknown"
+_NO_STACK: Final = (
+    "Where a crate stands for the line, its call alone is known: build the driver with the feature "
+    "capture-stacks of windows-kernel-rs, and each block has its stack."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +39,13 @@ class PoolUse:
     caller: Caller
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, depth: int = 1) -> str:
+        """The use as a line of a table, with ``depth`` of its caller's frames."""
         return (
             f"{_blocks(self.count, width=6):13}  {self.size:10} bytes  tag {self.tag!r}  "
-            f"{self.pool_type}  from {self.caller}"
+            f"{self.pool_type}  from {self.caller.describe(depth)}"
         )
 
 
@@ -98,41 +90,70 @@ class PoolUses(Sequence[PoolUse]):
         return f"PoolUses({list(self._uses)!r})"
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self._uses)) or "nothing"
+        return "\n".join(self._lines()) or "nothing"
+
+    def _lines(self) -> list[str]:
+        """A line for each; where callers would read the same, more of their frames until they differ."""
+        depths = [1] * len(self._uses)
+        while True:
+            places = [
+                (use.tag, use.pool_type, use.caller.describe(depth))
+                for use, depth in zip(self._uses, depths, strict=True)
+            ]
+            alike = Counter(places)
+            deeper = [
+                depth + (alike[place] > 1 and depth < len(use.caller.own_frames))
+                for use, depth, place in zip(self._uses, depths, places, strict=True)
+            ]
+            if deeper == depths:
+                return [use.describe(depth) for use, depth in zip(self._uses, depths, strict=True)]
+            depths = deeper
 
 
 @dataclass(frozen=True, slots=True)
 class WrongFree:
-    """A block that was freed twice (``allocated_tag`` None), or with another tag than its own."""
+    """A block that was freed twice (``allocated_tag`` None), or with another tag than its own.
+
+    ``caller`` freed it then, ``allocated_by`` is who had allocated it.
+    """
 
     address: int
     tag: str | None
     allocated_tag: str | None
     caller: Caller
+    allocated_by: Caller
 
     def __str__(self) -> str:
         if self.allocated_tag is None:
-            return f"0x{self.address:X} freed twice, the second time from {self.caller}"
-        return (
-            f"0x{self.address:X} with tag {self.allocated_tag!r} "
-            f"freed with tag {self.tag!r} from {self.caller}"
-        )
+            how = f"freed twice, the second time from {self.caller}"
+        else:
+            how = f"with tag {self.allocated_tag!r} freed with tag {self.tag!r} from {self.caller}"
+        return f"0x{self.address:X} {how}; it was allocated from {self.allocated_by}"
+
+
+@dataclass(slots=True)
+class _Block:
+    """A block, and its stack, innermost frame first; at first that is the allocating call alone."""
+
+    allocated: PoolAllocated
+    stack: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Balance:
-    """What a window comes to."""
+    """What a window comes to: blocks, and frees with the block that each was of."""
 
-    left: PoolUses
-    allocated: PoolUses
-    double_frees: tuple[WrongFree, ...]
-    wrong_tags: tuple[WrongFree, ...]
+    left: list[_Block] = field(default_factory=list)
+    allocated: list[_Block] = field(default_factory=list)
+    double_frees: list[tuple[PoolFreed, _Block]] = field(default_factory=list)
+    wrong_tags: list[tuple[PoolFreed, _Block]] = field(default_factory=list)
 
 
 class Pool:
     """What a driver did with the pool in a window.
 
     Only calls that come from the driver's own image count. With ``tags``, only blocks with one of them.
+    ``load_symbols`` is called when a caller is to be shown, and names its function, file and line.
     ``refuse`` raises where the view can't be had; it is asked before each look, with True where the
     answer would be wrong while the driver is loaded.
     """
@@ -143,9 +164,11 @@ class Pool:
         *,
         driver: str,
         tags: Collection[str] = (),
+        load_symbols: LoadSymbols | None = None,
         refuse: Callable[[bool], None],
     ) -> None:
         self._window = window
+        self._load_symbols = load_symbols
         self._driver = driver
         self._tags = frozenset(tags)
         self._refuse = refuse
@@ -159,31 +182,31 @@ class Pool:
     def leaked(self) -> PoolUses:
         """What was allocated and is not freed, now that the driver is not loaded any more."""
         self._refuse(True)
-        return self._balance().left
+        return self._uses(self._balance().left)
 
     @property
     def in_use(self) -> PoolUses:
         """What is allocated and not freed at this moment."""
         self._refuse(False)
-        return self._balance().left
+        return self._uses(self._balance().left)
 
     @property
     def allocated(self) -> PoolUses:
         """All that was ever allocated, freed or not."""
         self._refuse(False)
-        return self._balance().allocated
+        return self._uses(self._balance().allocated)
 
     @property
     def double_frees(self) -> tuple[WrongFree, ...]:
         """Frees of blocks that were free already, in order."""
         self._refuse(False)
-        return self._balance().double_frees
+        return self._wrong_frees(self._balance().double_frees, twice=True)
 
     @property
     def wrong_tags(self) -> tuple[WrongFree, ...]:
         """Frees with another tag than the block's own, in order."""
         self._refuse(False)
-        return self._balance().wrong_tags
+        return self._wrong_frees(self._balance().wrong_tags, twice=False)
 
     def problems(self, *, leaks: bool, start: int | None = None) -> str:
         """The double frees, frees with a wrong tag and, with ``leaks``, the leaks, as a table for a person.
@@ -192,103 +215,95 @@ class Pool:
         """
         self._refuse(True)
         balance = self._balance(start)
+        left = self._uses(balance.left) if leaks else PoolUses()
+        double_frees = self._wrong_frees(balance.double_frees, twice=True)
+        wrong_tags = self._wrong_frees(balance.wrong_tags, twice=False)
         parts = []
-        if balance.left and leaks:
-            left = balance.left
+        if left:
             parts.append(f"{_blocks(left.total_count)}, {left.total_size} bytes leaked:\n{left}")
-        if balance.double_frees:
-            parts.append("freed twice:\n" + "\n".join(map(str, balance.double_frees)))
-        if balance.wrong_tags:
-            parts.append("freed with a wrong tag:\n" + "\n".join(map(str, balance.wrong_tags)))
+        if double_frees:
+            parts.append("freed twice:\n" + "\n".join(map(str, double_frees)))
+        if wrong_tags:
+            parts.append("freed with a wrong tag:\n" + "\n".join(map(str, wrong_tags)))
+        if parts:
+            parts += self._what_is_missing(left)
         return "\n".join(parts)
 
+    def _what_is_missing(self, left: PoolUses) -> list[str]:
+        """Why the table names no lines, where it does not."""
+        problem = self._load_symbols().problem if self._load_symbols else None
+        if problem:
+            return [f"no file and line: {problem}"]
+        lone = [use.caller for use in left if len({f.address for f in use.caller.frames}) == 1]
+        in_crates = any(caller.frames[0].crate and not caller.own_frames for caller in lone)
+        return [_NO_STACK] if in_crates else []
+
     def _balance(self, start: int | None = None) -> _Balance:
-        images = _Images(self._window, self._driver)
-        live: dict[int, PoolAllocated] = {}
-        freed: dict[int, PoolAllocated] = {}
-        lost: list[PoolAllocated] = []
-        ever: list[PoolAllocated] = []
-        double_frees: list[WrongFree] = []
-        wrong_tags: list[WrongFree] = []
+        images = Images(self._window, self._driver)
+        live: dict[int, _Block] = {}
+        freed: dict[int, _Block] = {}
+        balance = _Balance()
         begin = self._window.start
-        for position, event in self._window.numbered(start):
+        for position, event in self._window.numbered(start, _LOOKED_AT):
             if event.driver != self._driver:
                 continue
             if isinstance(event, DriverInitCalled):
                 if not any(begin < at <= position for at in self._given_up):
-                    lost += live.values()
+                    balance.left.extend(live.values())
                 live, freed, begin = {}, {}, position
                 images.begin(event)
             elif isinstance(event, PoolAllocated) and images.own(event.caller):
-                live[event.address] = event
+                live.pop(event.address, None)
                 freed.pop(event.address, None)
-                ever.append(event)
+                if self._counts(event):
+                    live[event.address] = _Block(event, (event.caller,))
+                    balance.allocated.append(live[event.address])
+            elif isinstance(event, PoolStack):
+                if event.address in live and event.frames:
+                    live[event.address].stack = event.frames
             elif isinstance(event, PoolFreed):
                 block = live.pop(event.address, None)
                 if block is not None:
                     freed[event.address] = block
-                    wrong = event.tag is not None and event.tag != block.tag
-                    if wrong and self._counts(block):
-                        wrong_tags.append(images.wrong_free(event, block.tag))
-                elif (
-                    not event.found
-                    and event.address in freed
-                    and self._counts(freed[event.address])
-                ):
-                    double_frees.append(images.wrong_free(event, None))
-        return _Balance(
-            self._grouped([*lost, *live.values()], images),
-            self._grouped(ever, images),
-            tuple(double_frees),
-            tuple(wrong_tags),
-        )
+                    if event.tag is not None and event.tag != block.allocated.tag:
+                        balance.wrong_tags.append((event, block))
+                elif not event.found and event.address in freed:
+                    balance.double_frees.append((event, freed[event.address]))
+        balance.left.extend(live.values())
+        return balance
 
     def _counts(self, block: PoolAllocated) -> bool:
         return not self._tags or _tag(block.tag) in self._tags
 
-    def _grouped(self, blocks: Iterable[PoolAllocated], images: _Images) -> PoolUses:
+    def _callers(self) -> Callers:
+        return Callers(Images(self._window, self._driver), self._load_symbols)
+
+    def _uses(self, blocks: Iterable[_Block]) -> PoolUses:
+        callers = self._callers()
         groups: dict[tuple[str, str, Caller], list[int]] = {}
         for block in blocks:
-            if not self._counts(block):
-                continue
-            key = (_tag(block.tag), block.pool_type, images.caller(block.caller))
-            groups.setdefault(key, []).append(block.size)
+            allocated = block.allocated
+            key = (_tag(allocated.tag), allocated.pool_type, callers.caller(block.stack))
+            groups.setdefault(key, []).append(allocated.size)
         uses = [
             PoolUse(tag, sum(sizes), len(sizes), pool_type, caller)
             for (tag, pool_type, caller), sizes in groups.items()
         ]
         return PoolUses(sorted(uses, key=lambda use: -use.size))
 
-
-class _Images:
-    """Where the driver's image lay, load by load."""
-
-    def __init__(self, window: Window, driver: str) -> None:
-        self._loaded = [event for event in window.of(ImageLoaded) if event.driver == driver]
-        self._current: ImageLoaded | None = self._loaded[0] if self._loaded else None
-
-    def begin(self, init: DriverInitCalled) -> None:
-        """A load: the image that the entry point lies in is the one that counts."""
-        fitting = [i for i in self._loaded if i.base <= init.entry < i.base + i.size]
-        self._current = fitting[0] if fitting else None
-
-    def own(self, address: int) -> bool:
-        image = self._current
-        return image is None or image.base <= address < image.base + image.size
-
-    def caller(self, address: int) -> Caller:
-        """The same place in the same image is the same caller, wherever the image was loaded."""
-        for image in self._loaded:
-            if image.base <= address < image.base + image.size:
-                return Caller((Frame(address, image.driver, address - image.base),))
-        return Caller((Frame(address, None, address),))
-
-    def wrong_free(self, event: PoolFreed, allocated_tag: bytes | None) -> WrongFree:
-        return WrongFree(
-            event.address,
-            _tag(event.tag) if event.tag is not None else None,
-            _tag(allocated_tag) if allocated_tag is not None else None,
-            self.caller(event.caller),
+    def _wrong_frees(
+        self, frees: Iterable[tuple[PoolFreed, _Block]], *, twice: bool
+    ) -> tuple[WrongFree, ...]:
+        callers = self._callers()
+        return tuple(
+            WrongFree(
+                event.address,
+                _tag(event.tag) if event.tag is not None else None,
+                None if twice else _tag(block.allocated.tag),
+                callers.caller((event.caller,)),
+                callers.caller(block.stack),
+            )
+            for event, block in frees
         )
 
 

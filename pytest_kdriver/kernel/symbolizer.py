@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 from pytest_kdriver.source_frame import SourceFrame
 
 
 class Symbolizer(Protocol):
     """What knows the source of one image."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why it knows nothing, as half a sentence; None where it does."""
+        ...
 
     def locate(self, offset: int) -> tuple[SourceFrame, ...]:
         """The source of the instruction that has its first, or any other, byte at ``offset``.
@@ -18,3 +24,7 @@ class Symbolizer(Protocol):
         *next* instruction's, which may be another line's: the call's is ``locate(offset - 1)``.
         """
         ...
+
+
+LoadSymbols: TypeAlias = Callable[[], Symbolizer]
+"""Gives what knows the source of the driver's image. Called only where a line is wanted; it may take long."""

@@ -7,7 +7,7 @@ Asked for as ``DEBUG_CHANNELS``, with ``RELAYED`` as the registry's RelayInclude
     1933.239:00dc:00ec:Call ntoskrnl.exe.ExAllocatePoolWithTag(00000200,0000000f,74737572) ret=18000102a
     1933.239:00dc:00ec:Ret  ntoskrnl.exe.ExAllocatePoolWithTag() retval=014a0370 ret=18000102a
     1933.239:00dc:00ec:warn:debugstr:vDbgPrintExWithPrefix 00000000:00000001: Hello, world!
-    1933.239:00dc:00ec:warn:debugstr:vDbgPrintExWithPrefix 0000004d:40000000: kdriver:stack 14a0370 180001f2b ...
+    1933.239:00dc:00ec:warn:debugstr:vDbgPrintExWithPrefix 0000004d:40000000: kdriver:stack 14a0370 180001f2b
     1933.239:00dc:00ec:Call ntoskrnl.exe.KeBugCheckEx(0000e2e2,00000001,...) ret=18000103f
     1933.239:00dc:00ec:err:ntoskrnl:KeBugCheckEx e2e2 1 2 3 4
     1933.239:00dc:00ec:Ret  driver init 0000000180001000 (obj=...,str=L"...\\hello") retval=00000000
