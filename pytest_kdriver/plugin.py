@@ -361,11 +361,11 @@ def _plain_failures() -> Iterator[None]:
 
     try:
         yield
-    except KdriverError as error:
+    except (KdriverError, OSError) as error:
         _fail(error)
 
 
-def _fail(error: KdriverError) -> NoReturn:
+def _fail(error: Exception) -> NoReturn:
     __tracebackhide__ = True
     raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None
 

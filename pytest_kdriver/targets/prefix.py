@@ -25,6 +25,10 @@ from pytest_kdriver.targets.runs import Run, remove_tree
 
 RESOURCE: Final = "wine-prefix"
 _TEMPLATE_TIMEOUT: Final = 600.0
+TEMPLATE_ROOM: Final = 1 << 30
+"""Bytes; Wine 8's template takes 695 MB, Wine 10's 772."""
+
+MORE_ROOM: Final = "free some, or set KDRIVER_CACHE to a folder elsewhere"
 _CANDIDATES: Final = ("wine64", "/usr/lib/wine/wine64", "wine")
 _OLDEST: Final = (8, 0)
 """The oldest Wine that the trace and the service control manager's answers were looked at on."""
@@ -141,6 +145,7 @@ def template(wine: Wine, run: Run) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
         if not place.is_dir():
+            _need_room(place.parent)
             making = run.path / "template"
             run.record(RESOURCE, making)
             try:
@@ -151,6 +156,15 @@ def template(wine: Wine, run: Run) -> Path:
                 end(making)
                 _remove(making)
     return place
+
+
+def _need_room(folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < TEMPLATE_ROOM:
+        raise TargetError(
+            f"a new Wine prefix takes up to {TEMPLATE_ROOM >> 20} MiB, and {free >> 20} MiB are free in "
+            f"{folder}: {MORE_ROOM}"
+        )
 
 
 def _make(wine: Wine, prefix: Path) -> None:

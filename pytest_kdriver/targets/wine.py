@@ -11,6 +11,7 @@ short by ending that process, and one that dies silently is found by waiting for
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 import uuid
@@ -173,7 +174,8 @@ class WineTarget:
             with self._agent_errors("start"):
                 self._guest.agent.query_service("kdriver", timeout=START_TIMEOUT)
         except (OSError, AgentError, LinkError, TimeoutError) as error:
-            raise TargetError(f"Wine did not start: {error}", target=self.name) from error
+            told = f"Wine did not start: {error}{_advice(error)}"
+            raise TargetError(told, target=self.name) from error
 
     def _begin_run(self) -> None:
         collect_garbage(REMOVERS)
@@ -549,6 +551,16 @@ def _tells_of_death(future: Future[int]) -> bool:
         or isinstance(error, LinkError)
         or (isinstance(error, AgentError) and error.code is not None)
     )
+
+
+def _advice(error: Exception) -> str:
+    match error:
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return f"; {prefix.MORE_ROOM}"
+        case OSError(errno=errno.EROFS | errno.EACCES):
+            return "; make it writable, or set KDRIVER_CACHE to a folder elsewhere"
+        case _:
+            return ""
 
 
 def _left(deadline: float) -> float:
