@@ -48,9 +48,8 @@ def _write_symcache(image: Path) -> None:
         symcache: SymCache = _debug_information(image).make_symcache()
         shutil.copyfileobj(symcache.open_stream(), sys.stdout.buffer)  # type: ignore[no-untyped-call]
     except SymbolicError as error:
-        causes = [line.strip().removeprefix("caused by: ") for line in str(error).splitlines()]
         raise _NoSymbols(
-            f"the debug information of {image} is broken: {': '.join(causes)}"
+            f"the debug information of {image} is broken: {_one_line(error)}"
         ) from error
 
 
@@ -83,10 +82,15 @@ def _open(path: Path) -> Object:
     try:
         found = next(Archive.open(os.fsencode(path)).iter_objects(), None)
     except SymbolicError as error:
-        raise _NoSymbols(f"{path} can't be read: {error}") from error
+        raise _NoSymbols(f"{path} can't be read: {_one_line(error)}") from error
     if found is None:
         raise _NoSymbols(f"{path} has no code in it")
     return found
+
+
+def _one_line(error: Exception) -> str:
+    """What symbolic says, which puts each cause on a line of its own."""
+    return ": ".join(line.strip().removeprefix("caused by: ") for line in str(error).splitlines())
 
 
 def _pdb_paths(image: Path) -> Iterator[Path]:
