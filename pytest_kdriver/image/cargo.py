@@ -10,10 +10,13 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pytest_kdriver.errors import BuildError, ImageError
 from pytest_kdriver.toolchain import TARGET, Toolchain, find_toolchain
+
+CAPTURE_STACKS: Final = "capture-stacks"
+"""The feature by which the framework's allocator tells who called it; a package hands it on by this name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class Package:
     name: str
     root: Path
     has_library: bool
+    captures_stacks: bool
 
 
 class Cargo:
@@ -57,7 +61,8 @@ class Cargo:
     def build(self, name: str, *, features: Sequence[str] = ()) -> Path:
         """Build package ``name`` as a driver; its .sys file. Raises ``BuildError`` with cargo's output.
 
-        Whatever the package leaves open is given: target, linker, ``panic = "abort"``, crate type.
+        Whatever the package leaves open is given: target, linker, ``panic = "abort"``, crate type. The
+        feature ``capture-stacks`` is switched on where the package has it.
         """
         key = (name, tuple(sorted(features)))
         if key not in self._built:
@@ -80,7 +85,8 @@ class Cargo:
         command = ["rustc", "--manifest-path", str(self.manifest), "--package", name, "--lib"]
         command += ["--crate-type", "cdylib", "--target", TARGET, "--profile", self.profile]
         command += ["--message-format", "json-render-diagnostics"]
-        command += [f"--features={','.join(features)}"] if features else []
+        switched_on = [*features, *([CAPTURE_STACKS] if package.captures_stacks else [])]
+        command += [f"--features={','.join(switched_on)}"] if switched_on else []
         done = self._cargo([*command, *self._known_toolchain().build_arguments])
         if done.returncode:
             raise BuildError(f"package {name!r} does not build", output=done.stderr)
@@ -143,6 +149,7 @@ def _package(metadata: dict[str, Any]) -> Package:
         name=metadata["name"],
         root=Path(metadata["manifest_path"]).parent,
         has_library=bool(kinds & {"lib", "rlib", "dylib", "cdylib", "staticlib"}),
+        captures_stacks=CAPTURE_STACKS in metadata["features"],
     )
 
 

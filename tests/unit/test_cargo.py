@@ -22,6 +22,8 @@ edition = "2021"
 loud = []
 """
 
+HANDS_ON_STACKS = MANIFEST + "capture-stacks = []\n"
+
 SOURCE = """
 #![no_std]
 #[panic_handler]
@@ -76,6 +78,21 @@ def test_a_build_is_done_once_and_again_when_the_source_changed(package: Path) -
 def test_features_make_another_image(package: Path) -> None:
     cargo = Cargo(package / "Cargo.toml")
     assert cargo.build("mine") != cargo.build("mine", features=["loud"])
+
+
+@pytest.mark.parametrize("profile", ["dev", "release"])
+def test_stacks_are_captured_where_the_package_can(package: Path, profile: str) -> None:
+    (package / "src" / "lib.rs").write_text(
+        SOURCE.replace(
+            "i32 { 0 }", 'i32 { if cfg!(feature = "capture-stacks") { 0x57ac } else { 0x1e55 } }'
+        ),
+        encoding="utf-8",
+    )
+    without = Cargo(package / "Cargo.toml", profile=profile).build("mine")
+    assert (0x57AC).to_bytes(4, "little") not in without.read_bytes()
+    (package / "Cargo.toml").write_text(HANDS_ON_STACKS, encoding="utf-8")
+    assert Cargo(package / "Cargo.toml", profile=profile).build("mine") == without
+    assert (0x57AC).to_bytes(4, "little") in without.read_bytes()
 
 
 def test_the_profile_is_cargo_s(package: Path) -> None:
