@@ -129,6 +129,11 @@ def test_a_stack_record_is_no_print() -> None:
     ]
 
 
+def test_a_stack_ends_where_it_has_an_address_of_0() -> None:
+    (event,) = events_of(called(), stack(b"14a0370 180001f2b 7b627e49 0 1eaf67330 372610 0\n"))[1:]
+    assert event == PoolStack(1.5, "hello", 0x14A0370, (0x180001F2B, 0x7B627E49))
+
+
 def test_a_stack_record_that_wine_cuts_in_two_is_whole() -> None:
     record = stack(b"14a0370 %s\n" % b" ".join([b"fffff80012345678"] * 27))
     border = record.index(b"0000004d:")
@@ -159,7 +164,6 @@ def test_a_stack_of_no_known_driver_is_nothing() -> None:
         stack(b"14a0370 180001f2b\n", b"0000004e:40000000"),
         stack(b"\n"),
         stack(b"14a0370 180001F2B\n"),
-        stack(b"14a0370 0\n"),
         stack(b"14a0370 180001f2b \n"),
         stack(b"14a0370  180001f2b\n"),
         stack(b"14a0370 180001f2b\nmore\n"),

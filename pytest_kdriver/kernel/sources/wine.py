@@ -29,6 +29,7 @@ a load-order group a process of its own.
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
 from collections import OrderedDict
@@ -84,7 +85,7 @@ _HEADER = re.compile(rb"\d+\.\d{3}:([0-9a-f]{4,8}):([0-9a-f]{4,8}):")
 _PRINT = b"warn:debugstr:vDbgPrintExWithPrefix "
 _PRINT_LEVELS = re.compile(rb"([0-9a-f]{8}):([0-9a-f]{8}): ")
 _STACK = b"0000004d:40000000: kdriver:stack "
-_STACK_RECORD = re.compile(rb"([1-9a-f][0-9a-f]{0,15})((?: [1-9a-f][0-9a-f]{0,15}){0,28})\n")
+_STACK_RECORD = re.compile(rb"([0-9a-f]{1,16})((?: [0-9a-f]{1,16}){0,28})\n")
 _POOL_CALL = re.compile(rb"Call ntoskrnl\.exe\.(Ex\w+)\(([0-9a-f,]*)\) ret=([0-9a-f]+)")
 _POOL_RETURN = re.compile(rb"Ret  ntoskrnl\.exe\.(Ex\w+)\(\) retval=([0-9a-f]+) ret=([0-9a-f]+)")
 _BUG_CHECK_CALL = re.compile(
@@ -300,7 +301,9 @@ class WineTrace:
             self._stacks, addresses
         )  # the same few stacks over and over: one tuple each
         if frames is None:
-            frames = tuple(int(frame, 16) for frame in addresses.split())
+            numbers = (int(address, 16) for address in addresses.split())
+            # Wine walks on behind the end of the stack, which is a return address of 0.
+            frames = tuple(itertools.takewhile(bool, numbers))
             _remember(self._stacks, addresses, frames)
         return PoolStack(self._now, driver, address, frames)
 
