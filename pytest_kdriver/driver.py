@@ -21,6 +21,7 @@ from pytest_kdriver.errors import (
     DriverCrashed,
     DriverError,
     DriverTimeout,
+    ImageError,
     KdriverError,
     LinkError,
     PoolError,
@@ -32,7 +33,9 @@ from pytest_kdriver.errors import (
 from pytest_kdriver.guest.agent import Agent, Completed, IoOutcome, IoResult, OpenResult
 from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.image.finder import ImageFinder, is_path
-from pytest_kdriver.kernel.bugcheck import Crash, find_crash
+from pytest_kdriver.image.preflight import Report
+from pytest_kdriver.image.symbols import Symbols, load_symbols
+from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
 from pytest_kdriver.kernel.dbgprint import DbgPrint
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.pool import Pool, PoolUses
@@ -101,8 +104,8 @@ class Driver:
     """A driver under test, on a target.
 
     Nobody constructs it: the fixture ``kdriver`` and ``TargetHandle.driver`` do. ``name`` is the
-    driver's, ``service`` its service's, ``image`` its file on the host. The driver is copied in and
-    registered by the first start.
+    driver's, ``service`` its service's, ``image`` its file on the host. The driver is checked, copied in
+    and registered by the first start; ``preflight`` is what the check found, None before.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class Driver:
         self.service = check_service_name(service or name)
         self.image = image
         self.last_status: NTSTATUS | None = None
+        self.preflight: Report | None = None
         self._target = target
         self._parameters = dict(parameters or {})
         for value in self._parameters.values():
@@ -146,7 +150,16 @@ class Driver:
         self._pool = self._pool_of(self._window)
 
     def _pool_of(self, window: Window) -> Pool:
-        return Pool(window, driver=self.service, tags=self._tags, refuse=self._refuse_pool)
+        return Pool(
+            window,
+            driver=self.service,
+            tags=self._tags,
+            load_symbols=self._load_symbols,
+            refuse=self._refuse_pool,
+        )
+
+    def _load_symbols(self) -> Symbols:
+        return load_symbols(self.image)
 
     # what was seen
 
@@ -191,7 +204,7 @@ class Driver:
         """Load the driver; DriverEntry's own status, or the loader's where DriverEntry never ran.
 
         With ``check`` an error status raises ``StartFailed``. ``timeout`` is in seconds. Raises
-        ``DriverCrashed`` and ``DriverTimeout`` too.
+        ``DriverCrashed`` and ``DriverTimeout`` too, and ``ImageError`` where the file can't be loaded.
         """
         outcome = self._load(self._target.load, timeout)
         if check and not outcome.loaded:
@@ -426,6 +439,9 @@ class Driver:
 
     def _install(self, limit: float) -> None:
         if self._installed_in != self._target.generation:
+            self.preflight = self._target.preflight(self.image)
+            if self.preflight.errors:
+                raise ImageError("\n".join(error.message for error in self.preflight.errors))
             try:
                 self._target.install(self.service, self.image, self._parameters, limit)
             except TimeoutError as error:
@@ -549,6 +565,7 @@ class Driver:
         self._lose(f"{self.service} crashed")
         if crash is None:
             return DriverCrashed("it crashed", **self._told())
+        crash = locate_crash(crash, self._window, self.service, self._load_symbols)
         return DriverCrashed(
             crash.description,
             code=crash.code,

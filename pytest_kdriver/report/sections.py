@@ -13,12 +13,23 @@ MOST_LINES: Final = 100
 
 
 def sections(drivers: Sequence[Driver]) -> list[tuple[str, str]]:
-    """Titles and texts, for a person: what each driver printed, its pool, and its kernel log."""
+    """Titles and texts, for a person: what is wrong with each driver's file, what it printed, its pool,
+    and its kernel log.
+    """
     return [
         (f"{title} of {driver.service}" if len(drivers) > 1 else title, text(driver))
         for driver in drivers
-        for title, text in (("DbgPrint", _printed), ("Pool", _pool), ("Kernel", _kernel))
+        for title, text in (
+            *([("Image", _image)] if driver.preflight and driver.preflight.findings else []),
+            ("DbgPrint", _printed),
+            ("Pool", _pool),
+            ("Kernel", _kernel),
+        )
     ]
+
+
+def _image(driver: Driver) -> str:
+    return str(driver.preflight)
 
 
 def _printed(driver: Driver) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pytest_kdriver.guest.agent import Agent, IoResult, OpenResult
+from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.win32error import Win32Error
@@ -93,6 +94,10 @@ class Target(Protocol):
 
     def revert(self) -> None:
         """Put the guest back into the state that it had at first, unless it is in it."""
+        ...
+
+    def preflight(self, image: Path) -> Report:
+        """What this guest's kernel will make of ``image``. Raises ``ImageError``, ``TargetError``."""
         ...
 
     def install(

@@ -27,7 +27,9 @@ from pytest_kdriver.errors import AgentError, ConfigError, LinkError, TargetErro
 from pytest_kdriver.guest.agent import Agent, IoOutcome
 from pytest_kdriver.guest.executable import agent_executable
 from pytest_kdriver.guest.links.process import ProcessLink
+from pytest_kdriver.image.exports import KernelExports
 from pytest_kdriver.image.pe import ImageLayout, read_layout
+from pytest_kdriver.image.preflight import Report, preflight
 from pytest_kdriver.kernel.bugcheck import find_crash, is_crash
 from pytest_kdriver.kernel.events import (
     DriverInit,
@@ -237,6 +239,11 @@ class WineTarget:
                 f"its kernel log does not flow: the agent's word did not come in {FENCE_TIMEOUT:g} s",
                 target=self.name,
             )
+
+    def preflight(self, image: Path) -> Report:
+        """See ``Target``."""
+        windows = self.prefix / "drive_c" / "windows"
+        return preflight(image, KernelExports(windows, self.describe()), guest="wine")
 
     def install(
         self, service: str, image: Path, parameters: Mapping[str, ParameterValue], timeout: float
