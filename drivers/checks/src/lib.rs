@@ -4,6 +4,12 @@
 //! first that did not. It wants these parameters: `Dword` (`REG_DWORD` 7), `Qword` (`REG_QWORD`
 //! 2^32 + 8), `Text` (`REG_SZ` `text`), `Texts` (`REG_MULTI_SZ` `one`, `two`), `Bytes`
 //! (`REG_BINARY` of 100 times 0xA5); and `Expandable` (`REG_EXPAND_SZ` `%text%`), if it is there.
+//! With `Status` (`REG_DWORD`) it fails so in the end, all done.
+//!
+//! It leaves two devices, `\Device\Checks1` and `\Device\Checks2`, for programs `\\.\Checks1` and so on.
+//! They take whatever they are asked, touch no buffer, and claim to have filled it, and far more;
+//! but the second refuses to be opened.
+//! When they go they say so, and what comes of opening and reading them now.
 
 #![no_std]
 
@@ -12,18 +18,26 @@ extern crate alloc;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
+use core::ptr;
 use core::time::Duration;
+use kernel_text::utf16;
+use windows_kernel_rs::device::{ControlBuffer, ControlCode, Device};
 use windows_kernel_rs::time::{sleep, system_time};
 use windows_kernel_rs::{
     Driver, Error, KernelModule, Parameters, TryBox, dbg, kernel_module, print, println, try_format,
 };
+use windows_kernel_sys::base::{
+    IO_STATUS_BLOCK, NT_SUCCESS, NTSTATUS, OBJ_CASE_INSENSITIVE, OBJ_KERNEL_HANDLE,
+    OBJECT_ATTRIBUTES, UNICODE_STRING,
+};
+use windows_kernel_sys::ntoskrnl::{ZwClose, ZwOpenFile, ZwReadFile};
 
 struct Module {
     _dropped_after_cleanup: Goodbye,
 }
 
 impl KernelModule for Module {
-    fn init(_: Driver, registry_path: &str) -> Result<Self, Error> {
+    fn init(mut driver: Driver, registry_path: &str) -> Result<Self, Error> {
         let parameters = Parameters::open(registry_path)?;
         passed("parameters", parameters_are_read(&parameters)?)?;
         passed("mismatches", mismatches_are_errors(&parameters))?;
@@ -34,13 +48,20 @@ impl KernelModule for Module {
         passed("format", formatting_is_fallible()?)?;
         passed("print", printing_gives_back_what_it_shows())?;
         passed("sleep", sleeping_takes_time()?)?;
+        passed("devices", devices_are_made(&mut driver)?)?;
+        if let Some(status) = parameters.u32("Status")? {
+            let status = i32::from_ne_bytes(status.to_ne_bytes());
+            return Err(Error::from_kernel_errno(status));
+        }
         Ok(Module {
             _dropped_after_cleanup: Goodbye,
         })
     }
 
-    fn cleanup(&mut self, _: Driver) {
+    fn cleanup(&mut self, mut driver: Driver) {
         println!("cleanup");
+        let late = driver.create_device(r"\Device\Late", r"\??\Late", Claimer { number: 3 });
+        println!("a device in cleanup: {late:?}");
     }
 }
 
@@ -167,4 +188,122 @@ fn sleeping_takes_time() -> Result<bool, Error> {
     let start = system_time()?;
     sleep(Duration::from_millis(50));
     Ok(system_time()?.saturating_sub(start) >= Duration::from_millis(49))
+}
+
+fn devices_are_made(driver: &mut Driver) -> Result<bool, Error> {
+    driver.create_device(r"\Device\Checks1", r"\??\Checks1", Claimer { number: 1 })?;
+    driver.create_device(r"\Device\Checks2", r"\??\Checks2", Claimer { number: 2 })?;
+    let taken = Err(Error::OBJECT_NAME_COLLISION);
+    let name = driver.create_device(r"\Device\Checks1", r"\??\Checks3", Claimer { number: 3 });
+    let link = driver.create_device(r"\Device\Checks3", r"\??\Checks1", Claimer { number: 3 });
+    Ok((name, link) == (taken, taken))
+}
+
+/// Wants an alignment that no kernel gives to a device's extension by itself.
+#[repr(align(256))]
+struct Claimer {
+    number: u32,
+}
+
+impl Device for Claimer {
+    /// Only the first can be opened, and only if it lies where it should.
+    fn create(&self) -> Result<(), Error> {
+        match self.number {
+            1 if is_aligned(self) => Ok(()),
+            1 => Err(Error::INTERNAL_ERROR),
+            _ => Err(Error::ACCESS_DENIED),
+        }
+    }
+
+    fn close(&self) {
+        println!("device {} closed", self.number);
+    }
+
+    fn read(&self, _: &mut [u8]) -> Result<usize, Error> {
+        Ok(usize::MAX)
+    }
+
+    fn write(&self, _: &[u8]) -> Result<usize, Error> {
+        Ok(usize::MAX)
+    }
+
+    fn ioctl(&self, _: ControlCode, _: ControlBuffer<'_>) -> Result<usize, Error> {
+        Ok(usize::MAX)
+    }
+}
+
+impl Drop for Claimer {
+    fn drop(&mut self) {
+        let outcome = match self.number {
+            1 => open_and_read(&utf16::literal(br"\Device\Checks1")),
+            2 => open_and_read(&utf16::literal(br"\Device\Checks2")),
+            _ => return,
+        };
+        println!(
+            "device {} goes, to open and read it: {outcome:?}",
+            self.number
+        );
+    }
+}
+
+/// Opens a device as a program does, and reads one byte.
+fn open_and_read<const LENGTH: usize>(name: &[u16; LENGTH]) -> Result<(), Error> {
+    const ACCESS: u32 = 0x10_0001; // FILE_READ_DATA, SYNCHRONIZE
+    const FILE_SYNCHRONOUS_IO_NONALERT: u32 = 0x20;
+
+    #[allow(clippy::cast_possible_truncation)] // a name is short
+    let bytes = size_of_val(name) as u16;
+    let name = UNICODE_STRING {
+        Length: bytes,
+        MaximumLength: bytes,
+        Buffer: name.as_ptr().cast_mut(),
+    };
+    #[allow(clippy::cast_possible_truncation)] // it is 48
+    let attributes = OBJECT_ATTRIBUTES {
+        Length: size_of::<OBJECT_ATTRIBUTES>() as u32,
+        RootDirectory: ptr::null_mut(),
+        ObjectName: &raw const name,
+        Attributes: OBJ_CASE_INSENSITIVE | OBJ_KERNEL_HANDLE,
+        SecurityDescriptor: ptr::null(),
+        SecurityQualityOfService: ptr::null(),
+    };
+    let mut handle = ptr::null_mut();
+    let mut outcome = IO_STATUS_BLOCK::default();
+    // SAFETY: all of it is well formed and outlives the call.
+    succeeded(unsafe {
+        ZwOpenFile(
+            &raw mut handle,
+            ACCESS,
+            &raw const attributes,
+            &raw mut outcome,
+            0,
+            FILE_SYNCHRONOUS_IO_NONALERT,
+        )
+    })?;
+    let mut byte = 0_u8;
+    // SAFETY: it is open, and the call returns when the byte is read, or will not be.
+    let status = unsafe {
+        ZwReadFile(
+            handle,
+            ptr::null_mut(),
+            ptr::null(),
+            ptr::null(),
+            &raw mut outcome,
+            (&raw mut byte).cast(),
+            1,
+            ptr::null(),
+            ptr::null(),
+        )
+    };
+    // SAFETY: it is open.
+    unsafe { ZwClose(handle) };
+    succeeded(status)
+}
+
+fn succeeded(status: NTSTATUS) -> Result<(), Error> {
+    if NT_SUCCESS(status) {
+        Ok(())
+    } else {
+        Err(Error::from_kernel_errno(status))
+    }
 }

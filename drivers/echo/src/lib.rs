@@ -14,7 +14,7 @@
 //! | 0x00222008 | `RESET` | | forgets what is kept |
 //! | 0x0022200C | `FAIL` | a status | fails with it |
 //! | 0x00222010 | `PRINT` | UTF-8 text | prints it as a line |
-//! | 0x00222014 | `HANG` | milliseconds | sleeps so long; with 0xFFFFFFFF for ever |
+//! | 0x00222014 | `HANG` | milliseconds | prints `hanging`, sleeps so long, and prints `done`; with 0xFFFFFFFF for ever |
 //! | 0x00222018 | `LEAK` | bytes | leaks a block of so many |
 //! | 0x0022201C | `CRASH` | how | 0: panics; 1: writes to address 0x10; 2: bug-checks with 0xE2E2 and 1, 2, 3, 4 |
 //!
@@ -163,12 +163,14 @@ fn answer(buffer: ControlBuffer<'_>, number: u32) -> Result<usize, Error> {
 fn hang(milliseconds: u32) {
     const FOR_EVER: u32 = u32::MAX;
 
-    if milliseconds != FOR_EVER {
-        return sleep(Duration::from_millis(milliseconds.into()));
+    println!("hanging");
+    if milliseconds == FOR_EVER {
+        loop {
+            sleep(Duration::from_secs(1));
+        }
     }
-    loop {
-        sleep(Duration::from_secs(1));
-    }
+    sleep(Duration::from_millis(milliseconds.into()));
+    println!("done");
 }
 
 fn leak(bytes: usize) -> Result<(), Error> {

@@ -85,7 +85,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// The status with which the opening fails. [`close`](Self::close) is not called then.
+    /// The status with which the opening fails. [`close`](Self::close) is not called then. Wine does
+    /// not wait for the answer: there the opening succeeds, and what is asked next fails with it.
     fn create(&self) -> Result<(), Error> {
         Ok(())
     }

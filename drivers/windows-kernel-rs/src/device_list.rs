@@ -8,7 +8,7 @@
 
 use crate::device::Device;
 use crate::error::Error;
-use crate::request::{self, MAJOR_FUNCTIONS, Request, Serve};
+use crate::request::{self, MAJOR_FUNCTIONS, OpenFile, Request, Serve};
 use crate::time;
 use crate::unicode::{self, UnicodeString};
 use alloc::vec::Vec;
@@ -18,7 +18,7 @@ use core::time::Duration;
 use kernel_device::Gate;
 use windows_kernel_sys::base::{
     DEVICE_OBJECT, DO_BUFFERED_IO, DRIVER_OBJECT, FILE_DEVICE_SECURE_OPEN, FILE_DEVICE_UNKNOWN,
-    IRP, NTSTATUS, STATUS_OBJECT_NAME_EXISTS,
+    IRP, NTSTATUS, STATUS_OBJECT_NAME_EXISTS, STATUS_OBJECT_TYPE_MISMATCH,
 };
 use windows_kernel_sys::ntoskrnl::{
     IoCreateDevice, IoCreateSymbolicLink, IoDeleteDevice, IoDeleteSymbolicLink,
@@ -174,18 +174,37 @@ unsafe extern "system" fn dispatch(device: *mut DEVICE_OBJECT, irp: *mut IRP) ->
     // To the very end: behind it the device may go and, on Wine, the image with this code.
     // SAFETY: the gate is there from the device's first moment.
     let pass = unsafe { (*slot).gate.enter() };
+    // SAFETY: the value is there while somebody is inside.
+    let device = pass.as_ref().map(|_| unsafe { &*(*slot).device });
     // SAFETY: the kernel's own request, which nobody else completes; the device is buffered.
-    let outcome = unsafe { Request::of(irp) }.and_then(|request| match (&pass, request) {
-        (Some(_), request) => {
-            let limit = request.limit();
-            // SAFETY: the value is there while somebody is inside.
-            unsafe { (*(*slot).device).serve(request) }.map(|count| count.min(limit))
-        }
-        (None, Request::Cleanup | Request::Close) => Ok(0),
-        (None, _) => Err(Error::DELETE_PENDING),
-    });
+    let (file, request) = unsafe { (OpenFile::of(irp), Request::of(irp)) };
+    let outcome = request.and_then(|request| answer(device, &file, request));
     // SAFETY: the request is ours, and what refers to its buffer is gone.
     unsafe { request::complete(irp, outcome) }
+}
+
+/// What comes of a request; a device that is not there is going.
+fn answer(
+    device: Option<&dyn Serve>,
+    file: &OpenFile,
+    request: Request<'_>,
+) -> Result<usize, Error> {
+    let device = device.ok_or(Error::DELETE_PENDING);
+    match request {
+        Request::Create => device
+            .and_then(|device| device.serve(request))
+            .inspect_err(|&error| file.refuse(error)),
+        // They cannot fail, and are not for what was never open.
+        Request::Cleanup | Request::Close => match (file.check(), device) {
+            (Ok(()), Ok(device)) => device.serve(request),
+            _ => Ok(0),
+        },
+        Request::Read(_) | Request::Write(_) | Request::Control(..) => {
+            file.check()?;
+            let limit = request.limit();
+            device?.serve(request).map(|count| count.min(limit))
+        }
+    }
 }
 
 /// A symbolic link, there until it is dropped.
@@ -199,12 +218,13 @@ impl Link {
         let name = UnicodeString::new(&units)?;
         // SAFETY: both strings are well formed and outlive the call.
         let status = unsafe { IoCreateSymbolicLink(name.as_raw(), target.as_raw()) };
-        // Wine's word for what is an error on Windows: the link is another one's.
-        if status == STATUS_OBJECT_NAME_EXISTS {
-            return Err(Error::OBJECT_NAME_COLLISION);
+        match status {
+            // What Wine says of a link that is there and leads nowhere, or to a device.
+            STATUS_OBJECT_NAME_EXISTS | STATUS_OBJECT_TYPE_MISMATCH => {
+                Err(Error::OBJECT_NAME_COLLISION)
+            }
+            _ => Error::check(status).map(|()| Self { units }),
         }
-        Error::check(status)?;
-        Ok(Self { units })
     }
 }
 

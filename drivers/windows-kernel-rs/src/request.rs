@@ -3,11 +3,12 @@
 use crate::device::{ControlBuffer, ControlCode, Device, Method};
 use crate::error::Error;
 use core::mem::MaybeUninit;
+use core::ptr;
 use core::slice;
 use kernel_device::buffer;
 use windows_kernel_sys::base::{
-    IO_NO_INCREMENT, IO_STATUS_BLOCK, IRP, IRP_MJ_CLEANUP, IRP_MJ_CLOSE, IRP_MJ_CREATE,
-    IRP_MJ_DEVICE_CONTROL, IRP_MJ_READ, IRP_MJ_WRITE, NTSTATUS, STATUS_SUCCESS,
+    FILE_OBJECT, IO_NO_INCREMENT, IO_STATUS_BLOCK, IRP, IRP_MJ_CLEANUP, IRP_MJ_CLOSE,
+    IRP_MJ_CREATE, IRP_MJ_DEVICE_CONTROL, IRP_MJ_READ, IRP_MJ_WRITE, NTSTATUS, STATUS_SUCCESS,
 };
 use windows_kernel_sys::ntoskrnl::IofCompleteRequest;
 
@@ -108,6 +109,50 @@ unsafe fn system_buffer<'irp>(
     }
     // SAFETY: not null, and the rest is the caller's promise.
     Ok(unsafe { slice::from_raw_parts_mut(buffer.cast(), length) })
+}
+
+/// What a request goes to: something that a program has open, or tried to.
+///
+/// Wine opens it without waiting for the device's answer, and closes it whatever that was. So a
+/// refusal is kept with it, and whatever else is asked fails the same way.
+pub(crate) struct OpenFile {
+    object: *mut FILE_OBJECT,
+}
+
+impl OpenFile {
+    /// # Safety
+    ///
+    /// The kernel has handed the request to a dispatch routine.
+    pub(crate) unsafe fn of(irp: *const IRP) -> Self {
+        Self {
+            // SAFETY: a request that is being dispatched has a current stack location.
+            object: unsafe { (*(*irp).CurrentStackLocation).FileObject },
+        }
+    }
+
+    /// Fails as the opening did. Whoever asks without having opened anything was not refused.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        if self.object.is_null() {
+            return Ok(());
+        }
+        // SAFETY: the object is live while a request for it is, and the field is ours.
+        let refusal = unsafe { (*self.object).FsContext }.addr();
+        #[allow(clippy::cast_possible_truncation)] // 32 bits were put there
+        match refusal as u32 {
+            0 => Ok(()),
+            status => Err(Error::from_kernel_errno(i32::from_ne_bytes(
+                status.to_ne_bytes(),
+            ))),
+        }
+    }
+
+    pub(crate) fn refuse(&self, error: Error) {
+        let status = u32::from_ne_bytes(error.to_failure().to_ne_bytes());
+        if !self.object.is_null() {
+            // SAFETY: as above; while it is being opened nobody else asks anything of it.
+            unsafe { (*self.object).FsContext = ptr::without_provenance_mut(status as usize) };
+        }
+    }
 }
 
 /// Gives the request back to the kernel; the status is the dispatch routine's as well.

@@ -18,7 +18,12 @@ pub(crate) fn record(block: *const u8) {
     // SAFETY: there is room for so many frames; nobody wants the hash.
     let count = unsafe { RtlCaptureStackBackTrace(0, most, frames.as_mut_ptr(), ptr::null_mut()) };
     let frames = frames.map(<*mut _>::addr);
-    let record = StackRecord::new(block.addr(), &frames[..usize::from(count)]);
+    // Wine walks on beyond the thread's first function, which returns to nowhere.
+    let count = frames[..usize::from(count)]
+        .iter()
+        .take_while(|&&frame| frame != 0)
+        .count();
+    let record = StackRecord::new(block.addr(), &frames[..count]);
     // SAFETY: both are C strings, and `%s` takes one.
     unsafe {
         DbgPrintEx(

@@ -206,9 +206,20 @@ pub struct DEVICE_OBJECT {
     pub StackSize: i8,
 }
 
+/// The first fields of something that is open.
+#[repr(C)]
+pub struct FILE_OBJECT {
+    pub Type: i16,
+    pub Size: i16,
+    pub DeviceObject: *mut DEVICE_OBJECT,
+    pub Vpb: *mut c_void,
+    /// The driver's own; null at first.
+    pub FsContext: *mut c_void,
+}
+
 /// How a request ended.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct IO_STATUS_BLOCK {
     /// In a union with a pointer, hence the room behind it.
     pub Status: NTSTATUS,
@@ -238,7 +249,7 @@ pub struct IRP {
     pub Reserved3: [*mut c_void; 8],
     /// `Tail.Overlay.CurrentStackLocation`.
     pub CurrentStackLocation: *mut IO_STACK_LOCATION,
-    pub OriginalFileObject: *mut c_void,
+    pub OriginalFileObject: *mut FILE_OBJECT,
     pub Reserved4: *mut c_void,
 }
 
@@ -251,7 +262,7 @@ pub struct IO_STACK_LOCATION {
     pub Control: u8,
     pub Parameters: IO_PARAMETERS,
     pub DeviceObject: *mut DEVICE_OBJECT,
-    pub FileObject: *mut c_void,
+    pub FileObject: *mut FILE_OBJECT,
     pub CompletionRoutine: *mut c_void,
     pub Context: *mut c_void,
 }
@@ -292,6 +303,7 @@ const _: () = {
     assert!(offset_of!(DEVICE_OBJECT, Flags) == 0x30);
     assert!(offset_of!(DEVICE_OBJECT, DeviceExtension) == 0x40);
     assert!(offset_of!(DEVICE_OBJECT, StackSize) == 0x4C);
+    assert!(offset_of!(FILE_OBJECT, FsContext) == 0x18);
     assert!(offset_of!(IRP, SystemBuffer) == 0x18);
     assert!(offset_of!(IRP, IoStatus) == 0x30);
     assert!(offset_of!(IO_STATUS_BLOCK, Information) == 8);

@@ -6,8 +6,8 @@
 #![allow(non_snake_case)]
 
 use crate::base::{
-    ACCESS_MASK, BOOLEAN, DEVICE_OBJECT, DRIVER_OBJECT, HANDLE, IRP, KIRQL, KPROCESSOR_MODE,
-    KSPIN_LOCK, NTSTATUS, OBJECT_ATTRIBUTES, POOL_TYPE, UNICODE_STRING,
+    ACCESS_MASK, BOOLEAN, DEVICE_OBJECT, DRIVER_OBJECT, HANDLE, IO_STATUS_BLOCK, IRP, KIRQL,
+    KPROCESSOR_MODE, KSPIN_LOCK, NTSTATUS, OBJECT_ATTRIBUTES, POOL_TYPE, UNICODE_STRING,
 };
 use core::ffi::{c_char, c_int, c_void};
 
@@ -69,6 +69,14 @@ unsafe extern "system" {
     ) -> u16;
 
     pub fn ZwClose(handle: HANDLE) -> NTSTATUS;
+    pub fn ZwOpenFile(
+        file: *mut HANDLE,
+        access: ACCESS_MASK,
+        attributes: *const OBJECT_ATTRIBUTES,
+        status: *mut IO_STATUS_BLOCK,
+        share: u32,
+        options: u32,
+    ) -> NTSTATUS;
     pub fn ZwOpenKey(
         key: *mut HANDLE,
         access: ACCESS_MASK,
@@ -87,6 +95,17 @@ unsafe extern "system" {
         information: *mut c_void,
         bytes: u32,
         needed: *mut u32,
+    ) -> NTSTATUS;
+    pub fn ZwReadFile(
+        file: HANDLE,
+        event: HANDLE,
+        apc: *const c_void,
+        apc_context: *const c_void,
+        status: *mut IO_STATUS_BLOCK,
+        buffer: *mut c_void,
+        bytes: u32,
+        offset: *const i64,
+        key: *const u32,
     ) -> NTSTATUS;
 }
 
