@@ -2,6 +2,7 @@
 # make test    all tests but the long ones
 # make check   format, lint, types, imports; Rust too
 # make soak    the long tests
+# make test-trixie  all tests but the long ones on Debian 13 (Wine 10), in a chroot: scripts/trixie
 # make bench   speed and scale, against the floor: a table, and bench/results.json
 # make format  put Python and Rust into shape
 # make wheel   dist/*.whl and dist/*.tar.gz
@@ -16,7 +17,7 @@ CARGO_MANIFESTS := $(wildcard drivers/Cargo.toml vm/agent/Cargo.toml)
 CHECKED_MANIFESTS := $(CARGO_MANIFESTS) bench/floor/Cargo.toml
 ARGS :=
 
-.PHONY: demo test check soak bench format wheel clean setup
+.PHONY: demo test test-trixie check soak bench format wheel clean setup
 .NOTPARALLEL:
 
 demo: setup
@@ -30,6 +31,10 @@ demo: setup
 test: setup
 	@scripts/rust test $(CARGO_MANIFESTS)
 	@$(PYTEST) --kdriver-vm wine -m "not soak" $(ARGS)
+
+test-trixie: export ARGS := $(ARGS)
+test-trixie:
+	@scripts/trixie
 
 soak: setup
 	@$(PYTEST) --kdriver-vm wine -m soak $(ARGS)
