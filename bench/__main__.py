@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench import clone, cycle, first_driver, flood, unused
+from bench import clone, cycle, first_driver, flood, ioctl, unused
 from bench.table import render
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -21,6 +21,7 @@ MEASUREMENTS = {
     "unused": unused.measure,
     "flood": flood.measure,
     "clone": clone.measure,
+    "ioctl": ioctl.measure,
 }
 
 

@@ -19,13 +19,13 @@ def measure() -> list[Figure]:
     with wine_target() as target:
         driver = Driver(target, driver_image("hello"), name="hello")
         driver.cycle(WARM_UP)
-        with floor_program(find_wine(), target.prefix, "hello") as program:
+        with floor_program(find_wine(), target.prefix, "cycle", "hello") as program:
             for _ in range(WARM_UP):
-                program.cycle()
+                program.round()
             values, floors = [], []
             for _ in range(CYCLES):
                 values.append(_cycle(driver))
-                floors.append(program.cycle())
+                floors.append(program.round())
         driver.finish()
     return [
         Figure(

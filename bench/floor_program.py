@@ -1,4 +1,4 @@
-"""The floor of a start and stop: a program in the guest that does nothing else, in a loop."""
+"""The floor of what goes through the agent: a program in the guest that does nothing else, in a loop."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pytest_kdriver.targets.prefix import Wine
 from pytest_kdriver.toolchain import TARGET, find_toolchain
 
 SOURCE = Path(__file__).with_name("floor")
+IOCTLS = 100
 _ANSWER = struct.Struct("<I")
 _FAILED = 0xFFFFFFFF
 
@@ -42,28 +43,31 @@ def floor_executable() -> Path:
 
 
 class FloorProgram:
-    """The program as it runs, in a prefix where ``service`` is installed."""
+    """The program as it runs."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
-    def cycle(self) -> float:
-        """One start and stop; the seconds that they took, by the guest's own clock."""
+    def round(self) -> float:
+        """One round; the seconds that it took, by the guest's own clock."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(b".")
         answer = self._process.stdout.read(_ANSWER.size)
         microseconds: int = _ANSWER.unpack(answer)[0]
         if microseconds == _FAILED:
-            raise RuntimeError("the floor program's start or stop failed")
+            raise RuntimeError("a round of the floor program's failed")
         return microseconds / 1e6
 
 
 @contextmanager
-def floor_program(wine: Wine, prefix: Path, service: str) -> Iterator[FloorProgram]:
-    """Start the program beside what already runs in ``prefix``, traced as that is."""
+def floor_program(wine: Wine, prefix: Path, *arguments: str) -> Iterator[FloorProgram]:
+    """Start the program beside what already runs in ``prefix``, traced as that is.
+
+    Its arguments are ``cycle SERVICE``, or ``ioctl DEVICE``, whose rounds have ``IOCTLS`` calls each.
+    """
     process = subprocess.Popen(
-        [wine.loader, str(floor_executable()), service],
+        [wine.loader, str(floor_executable()), *arguments],
         bufsize=0,
         env=wine.environment(prefix, DEBUG_CHANNELS),
         stdin=subprocess.PIPE,
