@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pytest_kdriver import NTSTATUS, Driver, DriverCrashed, TargetHandle
+from pytest_kdriver import (
+    NTSTATUS,
+    DeviceError,
+    Driver,
+    DriverCrashed,
+    TargetHandle,
+    ctl_code,
+)
 from pytest_kdriver.image.cargo import Cargo
 
 MOST_ALLOCATIONS = 50
 CODE = Path(__file__).parents[2] / "drivers"
+CHECKS = {
+    "Dword": 7,
+    "Qword": (1 << 32) + 8,
+    "Text": "text",
+    "Texts": ["one", "two"],
+    "Bytes": b"\xa5" * 100,
+}
 
 
 @pytest.mark.parametrize(
@@ -20,7 +35,11 @@ CODE = Path(__file__).parents[2] / "drivers"
         ("hello", {}, (NTSTATUS.STATUS_SUCCESS, 0)),
         ("refuses", {"Status": 0xC00000A1}, (NTSTATUS.STATUS_WORKING_SET_QUOTA, 0)),
         ("leaks", {"Blocks": 1}, (NTSTATUS.STATUS_SUCCESS, 1)),
-        ("leaks", {"Blocks": 3, "Tags": ["aaaa", "leak"]}, (NTSTATUS.STATUS_SUCCESS, 3)),
+        (
+            "leaks",
+            {"Blocks": 2, "Names": 1, "Tags": ["aaaa", "leak"]},
+            (NTSTATUS.STATUS_SUCCESS, 3),
+        ),
     ],
 )
 def test_each_allocation_that_fails_is_an_error_and_leaves_nothing(
@@ -46,16 +65,45 @@ def test_each_allocation_that_fails_is_an_error_and_leaves_nothing(
     assert (status, driver.pool.leaked.total_count) == outcome
 
 
-@pytest.mark.kdriver(
-    "checks",
-    parameters={
-        "Dword": 7,
-        "Qword": (1 << 32) + 8,
-        "Text": "text",
-        "Texts": ["one", "two"],
-        "Bytes": b"\xa5" * 100,
-    },
-)
+def test_echo_survives_each_allocation_that_fails(
+    kdriver_target: TargetHandle, cargo: Cargo
+) -> None:
+    image = str(cargo.build("echo", features=["fail-allocation"]))
+    where = set()
+    for number in range(1, MOST_ALLOCATIONS):
+        with kdriver_target.driver(image, parameters={"FailAllocation": number}) as driver:
+            if not driver.start(check=False).is_success:
+                assert driver.last_status == NTSTATUS.STATUS_INSUFFICIENT_RESOURCES
+                assert driver.pool.leaked == [], f"allocation {number}"
+                where.add("init")
+                continue
+            with driver.device(r"\\.\Echo") as echo:
+                failed = [
+                    _is_refused(lambda: echo.write(b"first")),
+                    _is_refused(lambda: echo.write(b"second")),
+                    _is_refused(lambda: echo.ioctl(ctl_code(0x806), b"\0\0\0\0")),  # leaks nothing
+                ]
+                # What could not be written has changed nothing.
+                expected = b"first" if failed[1] else b"second"
+                assert echo.read(100) == (b"" if failed[:2] == [True, True] else expected)
+        if not any(failed):
+            break
+        where.add("write")
+    assert where == {"init", "write"}
+
+
+def _is_refused(call: Callable[[], object]) -> bool:
+    """Whether a call of a device fails for want of memory."""
+    try:
+        call()
+    except DeviceError as error:
+        if error.status != NTSTATUS.STATUS_INSUFFICIENT_RESOURCES:
+            raise
+        return True
+    return False
+
+
+@pytest.mark.kdriver("checks", parameters=CHECKS)
 def test_checks_of_its_own_pass(kdriver: Driver, kdriver_target: TargetHandle) -> None:
     kdriver.start(check=False)
     assert [line for line in kdriver.dbgprint.lines if line.startswith("failed")] == []
@@ -73,14 +121,104 @@ def test_checks_of_its_own_pass(kdriver: Driver, kdriver_target: TargetHandle) -
             "[[]checks*lib.rs:*] 21 * 2 = 42",
             "passed: print",
             "passed: sleep",
+            "passed: devices",
         ]
     )
     kdriver.stop()
-    assert kdriver.dbgprint.lines[-2:] == ["cleanup", "dropped"]
     key = "HKLM\\SYSTEM\\CurrentControlSet\\Services\\checks\\Parameters"
     add = ["reg", "add", key, "/v", "Expandable", "/t", "REG_EXPAND_SZ", "/d", "%text%", "/f"]
     assert kdriver_target.run(add).exit_code == 0
     assert kdriver.start() == 0
+
+
+GOING = [
+    "device 2 goes, to open and read it: Err(Error(0xC0000056))",  # STATUS_DELETE_PENDING
+    "device 1 goes, to open and read it: Err(Error(0xC0000056))",
+]
+
+
+@pytest.mark.kdriver("checks", parameters=CHECKS)
+def test_devices_go_before_cleanup_and_are_closed_to_all_while_they_do(kdriver: Driver) -> None:
+    kdriver.start()
+    kdriver.dbgprint.expect("passed: devices")
+    kdriver.stop()
+    assert kdriver.dbgprint.lines[-5:] == [
+        *GOING,
+        "cleanup",
+        "a device in cleanup: Err(Error(0xC0000056))",
+        "dropped",
+    ]
+    for path in (r"\\.\Checks1", r"\Device\Checks1"):
+        with pytest.raises(DeviceError) as error, kdriver.device(path):
+            pass
+        assert error.value.status == NTSTATUS.STATUS_OBJECT_NAME_NOT_FOUND
+
+
+@pytest.mark.kdriver("checks", parameters={**CHECKS, "Status": 0xC00000A1})
+def test_an_init_that_fails_undoes_its_devices(kdriver: Driver) -> None:
+    for _ in range(2):  # the second finds no name or link taken
+        assert kdriver.start(check=False) == NTSTATUS.STATUS_WORKING_SET_QUOTA
+        kdriver.dbgprint.expect("passed: devices")
+        assert kdriver.dbgprint.lines[-2:] == GOING
+    assert kdriver.pool.leaked == []
+    with pytest.raises(DeviceError), kdriver.device(r"\\.\Checks1"):
+        pass
+
+
+ANY_CODE = ctl_code(0x800)
+
+
+@pytest.mark.kdriver("checks", parameters=CHECKS)
+def test_nothing_of_the_kernel_s_memory_reaches_a_program(kdriver: Driver) -> None:
+    """The device fills no buffer, and claims to have filled it and more."""
+    with kdriver.running(), kdriver.device(r"\\.\Checks1") as device:
+        for length in (0, 1, 4095, 4097, 100_000):
+            assert device.read(length) == bytes(length)
+            assert device.ioctl(ANY_CODE, output_size=length) == bytes(length)
+            assert device.write(bytes(length)) == length
+        assert device.ioctl(ANY_CODE, b"input", output_size=8) == b"input\0\0\0"
+        assert device.ioctl(ANY_CODE, b"input", output_size=2) == b"in"
+        assert device.ioctl(ANY_CODE, b"input") == b""
+
+
+@pytest.mark.kdriver("checks", parameters=CHECKS)
+@pytest.mark.parametrize("method", [1, 2, 3])
+def test_a_control_whose_data_are_not_copied_is_refused(kdriver: Driver, method: int) -> None:
+    with kdriver.running(), kdriver.device(r"\\.\Checks1") as device:
+        with pytest.raises(DeviceError) as error:
+            device.ioctl(ctl_code(0x800, method=method), b"input", output_size=5)
+        assert error.value.status == NTSTATUS.STATUS_INVALID_DEVICE_REQUEST
+
+
+@pytest.mark.kdriver("checks", parameters=CHECKS)
+def test_who_was_refused_gets_nothing_and_closes_nothing(kdriver: Driver) -> None:
+    """Wine opens without waiting for the driver's answer, so it comes with the first request."""
+    with kdriver.running():
+        with pytest.raises(DeviceError) as error, kdriver.device(r"\\.\Checks2") as device:
+            device.read(1)
+        assert error.value.status == NTSTATUS.STATUS_ACCESS_DENIED
+        with kdriver.device(r"\\.\Checks1"):
+            pass
+        kdriver.dbgprint.expect("device 1 closed")
+    assert "device 2 closed" not in kdriver.dbgprint.lines
+
+
+@pytest.mark.kdriver("leaks", parameters={"Blocks": 2, "Names": 1}, leaks="allow")
+def test_two_leaks_of_one_run_are_two_lines_of_the_source(kdriver: Driver) -> None:
+    with kdriver.running():
+        pass
+    source = (CODE / "leaks" / "src" / "lib.rs").read_text().splitlines()
+    lines = {}
+    for use in kdriver.pool.leaked:
+        frame = use.caller.own_frames[0]
+        assert frame.file is not None
+        assert frame.line is not None
+        assert frame.file.replace("\\", "/").endswith("leaks/src/lib.rs")
+        lines[source[frame.line - 1].strip()] = use.count
+    assert lines == {
+        "buffer.try_reserve_exact(self.bytes)?;": 2,
+        "name.try_reserve_exact(self.bytes)?;": 1,
+    }
 
 
 @pytest.mark.kdriver("missing")

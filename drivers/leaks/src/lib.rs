@@ -3,14 +3,14 @@
 //! | parameter | type | default | meaning |
 //! | --- | --- | --- | --- |
 //! | `Blocks` | `REG_DWORD` | 1 | how many blocks are leaked |
+//! | `Names` | `REG_DWORD` | 0 | how many more are leaked, allocated at another place in the source |
 //! | `Bytes` | `REG_DWORD` | 64 | the size of each, at least 1 |
 //! | `Tags` | `REG_MULTI_SZ` | `leak` | their tags, taken in turn |
 //! | `Where` | `REG_SZ` | `init` | or `cleanup` |
 //! | `Fault` | `REG_SZ` | | `double-free` or `wrong-tag`: in the same place, one more block is freed so |
 //!
-//! Blocks with the driver's own tag come from Rust's allocator, others straight from the pool. The
-//! first half are buffers and the rest names, each kind allocated by lines of the source of its own.
-//! An init that fails leaks nothing.
+//! Blocks with the driver's own tag come from Rust's allocator, others straight from the pool. An
+//! init that fails leaks nothing.
 
 #![no_std]
 
@@ -59,7 +59,8 @@ kernel_module!(Module, tag = *b"leak");
 
 /// What is to go wrong.
 struct Plan {
-    blocks: usize,
+    buffers: usize,
+    names: usize,
     bytes: usize,
     tags: Vec<PoolTag>,
     fault: Option<Fault>,
@@ -68,7 +69,8 @@ struct Plan {
 impl Plan {
     fn read(parameters: &Parameters) -> Result<Self, Error> {
         Ok(Self {
-            blocks: parameters.u32("Blocks")?.unwrap_or(1) as usize,
+            buffers: parameters.u32("Blocks")?.unwrap_or(1) as usize,
+            names: parameters.u32("Names")?.unwrap_or(0) as usize,
             bytes: parameters.u32("Bytes")?.unwrap_or(64).max(1) as usize,
             tags: tags(parameters.multi_string("Tags")?)?,
             fault: Fault::read(parameters)?,
@@ -78,10 +80,9 @@ impl Plan {
     /// All of it or, with an error, nothing.
     fn carry_out(self) -> Result<(), Error> {
         let mut blocks = Vec::new();
-        blocks.try_reserve_exact(self.blocks)?;
-        let half = self.blocks.div_ceil(2);
-        self.allocate_buffers(&mut blocks, half)?;
-        self.allocate_names(&mut blocks, self.blocks - half)?;
+        blocks.try_reserve_exact(self.buffers + self.names)?;
+        self.allocate_buffers(&mut blocks)?;
+        self.allocate_names(&mut blocks)?;
         if let Some(fault) = self.fault {
             fault.commit()?;
         }
@@ -90,10 +91,10 @@ impl Plan {
     }
 
     // Here and below each block is allocated by the function itself and not by one that both share:
-    // whoever looks for the leak finds the half that it is of.
+    // whoever looks for the leak finds the place that it is of.
     #[inline(never)]
-    fn allocate_buffers(&self, blocks: &mut Vec<Block>, count: usize) -> Result<(), Error> {
-        for _ in 0..count {
+    fn allocate_buffers(&self, blocks: &mut Vec<Block>) -> Result<(), Error> {
+        for _ in 0..self.buffers {
             let tag = self.tag(blocks.len());
             blocks.push(if tag == OWN_TAG {
                 let mut buffer = Vec::new();
@@ -110,8 +111,8 @@ impl Plan {
     }
 
     #[inline(never)]
-    fn allocate_names(&self, blocks: &mut Vec<Block>, count: usize) -> Result<(), Error> {
-        for _ in 0..count {
+    fn allocate_names(&self, blocks: &mut Vec<Block>) -> Result<(), Error> {
+        for _ in 0..self.names {
             let tag = self.tag(blocks.len());
             blocks.push(if tag == OWN_TAG {
                 let mut name = String::new();
