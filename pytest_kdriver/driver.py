@@ -37,6 +37,7 @@ from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.symbols import Symbols, load_symbols
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
 from pytest_kdriver.kernel.dbgprint import DbgPrint
+from pytest_kdriver.kernel.events import DriverInitCalled
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.pool import Pool, PoolUses
 from pytest_kdriver.kernel.text import kernel_lines
@@ -243,6 +244,9 @@ class Driver:
             ) from None
         except TimeoutError as error:
             raise self._slow("stop", "asking the guest to stop it", limit, error) from error
+        except TargetError:
+            self._lose(f"the guest went while {self.service} was stopped")
+            raise
         except Exception:
             raise
         except BaseException:
@@ -403,6 +407,7 @@ class Driver:
         limit = self._timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
         self._enter()
+        begin = len(self._target.log)
         try:
             self._install(limit)
             self._crash_seen_to = len(self._target.log)
@@ -412,6 +417,10 @@ class Driver:
             raise self._late("start", "DriverEntry", limit, late) from None
         except TimeoutError as error:
             raise self._slow("start", "asking the guest to start it", limit, error) from error
+        except TargetError:
+            if any(self._window.of(DriverInitCalled, begin)):
+                self._lose(f"the guest went while {self.service} was started")
+            raise
         except Exception:
             raise
         except BaseException:
@@ -496,6 +505,9 @@ class Driver:
             result = self._target.device_io(self.service, io, limit)
         except CallTimeout as late:
             raise self._late(phase, what, limit, late) from None
+        except TargetError:
+            self._raise_crash()  # with its guest the driver is gone
+            raise
         except Exception:
             raise
         except BaseException:

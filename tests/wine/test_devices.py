@@ -1,0 +1,203 @@
+"""Devices of a driver, as a test opens them: the sample ``echo``."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from pytest_kdriver import (
+    NTSTATUS,
+    ConfigError,
+    DeviceError,
+    Driver,
+    DriverCrashed,
+    DriverTimeout,
+    TargetHandle,
+    ctl_code,
+)
+
+pytestmark = pytest.mark.kdriver("echo", timeout=10)
+
+PATH = r"\\.\Echo"
+ECHO, COUNT, RESET, FAIL, PRINT, HANG, LEAK, CRASH = (ctl_code(0x800 + n) for n in range(8))
+
+
+def number(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+class TestIo:
+    def test_reads_what_was_written(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device:
+            assert device.write(b"hello, device") == 13
+            assert device.read(100) == b"hello, device"
+            assert device.read(5) == b"hello"
+            assert device.read(0) == b""
+
+    def test_ioctl_gives_the_output_that_there_is_room_for(self, kdriver: Driver) -> None:
+        every_byte = bytes(range(256)) * 8
+        with kdriver.running(), kdriver.device(PATH) as device:
+            assert device.ioctl(ECHO, every_byte, output_size=4096) == every_byte
+            assert device.ioctl(ECHO, every_byte, output_size=10) == every_byte[:10]
+            assert device.ioctl(ECHO, every_byte) == b""
+            assert device.ioctl(ECHO, output_size=16) == b""
+
+    def test_a_device_has_its_kernel_s_name_too(self, kdriver: Driver) -> None:
+        with (
+            kdriver.running(),
+            kdriver.device(r"\Device\Echo") as first,
+            kdriver.device(r"\??\Echo") as second,
+        ):
+            assert first.ioctl(COUNT, output_size=4) == number(2)
+            first.write(b"for both")
+            assert second.read(8) == b"for both"
+
+    def test_what_an_ioctl_printed_is_there_when_it_returns(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device:
+            for count in range(500):
+                device.ioctl(PRINT, b"line %d" % count)
+                assert kdriver.dbgprint.lines[-1] == f"line {count}"
+
+    def test_a_device_is_closed_at_the_end_of_its_with(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device:
+            with kdriver.device(PATH) as other:
+                assert device.ioctl(COUNT, output_size=4) == number(2)
+            assert device.ioctl(COUNT, output_size=4) == number(1)
+            assert other.closed
+            with pytest.raises(DeviceError, match="read of 1 bytes .* its handle is closed"):
+                other.read(1)
+
+
+class TestErrors:
+    def test_an_ioctl_s_status_is_the_driver_s(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device:
+            with pytest.raises(DeviceError, match="ioctl 0x22200C of .* STATUS_QUOTA") as failed:
+                device.ioctl(FAIL, number(NTSTATUS.STATUS_QUOTA_EXCEEDED))
+            assert failed.value.status == NTSTATUS.STATUS_QUOTA_EXCEEDED
+            with pytest.raises(DeviceError) as unknown:
+                device.ioctl(ctl_code(0x900))
+            assert unknown.value.status == NTSTATUS.STATUS_INVALID_DEVICE_REQUEST
+            assert device.ioctl(ECHO, b"still there", output_size=20) == b"still there"
+
+    def test_what_is_not_there_can_t_be_opened(self, kdriver: Driver) -> None:
+        with pytest.raises(DeviceError, match="the driver is not loaded") as early:
+            kdriver.device(PATH).__enter__()
+        assert early.value.status == NTSTATUS.STATUS_OBJECT_NAME_NOT_FOUND
+        with (
+            kdriver.running(),
+            pytest.raises(DeviceError, match="OBJECT_NAME_NOT_FOUND"),
+            kdriver.device(r"\\.\Ekko"),
+        ):
+            pass
+
+    @pytest.mark.parametrize("path", ["Echo", r"C:\Echo", r"\\server\share", "", "\\\\.\\"])
+    def test_what_is_no_device_s_path_says_what_to_write(self, kdriver: Driver, path: str) -> None:
+        with pytest.raises(ConfigError, match="is no device's path: write"):
+            kdriver.device(path).__enter__()
+
+    def test_what_no_guest_takes_is_a_value_error(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device:
+            with pytest.raises(ValueError, match="it has 32 bits"):
+                device.ioctl(1 << 32)
+            with pytest.raises(ValueError, match="it is 0 or more"):
+                device.read(-1)
+            with pytest.raises(ValueError, match="output_size is -1"):
+                device.ioctl(ECHO, output_size=-1)
+
+    def test_codes_are_the_wdk_s(self, kdriver: Driver) -> None:
+        assert ctl_code(0x800) == 0x222000
+        assert ctl_code(0xFFF, device_type=0xFFFF, method=3, access=3) == 0xFFFFFFFF
+        with pytest.raises(ValueError, match="function is 0x1000; it is below 0x1000"):
+            ctl_code(0x1000)
+
+
+class TestEnd:
+    def test_handles_that_are_open_are_closed_before_a_stop(self, kdriver: Driver) -> None:
+        kdriver.start()
+        with kdriver.device(PATH) as device, kdriver.device(PATH):
+            kdriver.stop(timeout=5)
+            assert device.closed
+            with pytest.raises(DeviceError, match="its handle is closed") as late:
+                device.read(1)
+            assert late.value.status == NTSTATUS.STATUS_INVALID_HANDLE
+        with kdriver.running(), kdriver.device(PATH) as device:
+            assert device.ioctl(COUNT, output_size=4) == number(1)
+
+    def test_a_handle_that_is_never_closed_does_not_hold_up_the_verdict(
+        self, kdriver: Driver, request: pytest.FixtureRequest
+    ) -> None:
+        kdriver.start()
+        opened = kdriver.device(PATH)
+        request.addfinalizer(lambda: opened.__exit__(None, None, None))
+        opened.__enter__().write(b"kept until the driver is stopped")
+
+    def test_a_leak_in_an_ioctl_is_one_and_has_its_line(self, kdriver_target: TargetHandle) -> None:
+        with kdriver_target.driver("echo", leaks="allow") as echo:
+            with echo.running(), echo.device(PATH) as device:
+                device.ioctl(LEAK, number(100))
+                device.ioctl(LEAK, number(200))
+            leaked = echo.pool.leaked
+            assert [(use.size, use.count) for use in leaked] == [(300, 2)]
+            assert "echo/src/lib.rs:" in str(leaked)
+            assert "echo::leak" in str(leaked)
+
+
+class TestHang:
+    def test_what_hangs_is_cut_short_and_the_next_start_works(self, kdriver: Driver) -> None:
+        with kdriver.running():
+            with kdriver.device(PATH) as device:
+                with pytest.raises(DriverTimeout, match="ioctl 0x222014 .* within 0.3 s") as late:
+                    device.ioctl(HANG, number(0xFFFFFFFF), timeout=0.3)
+                assert (late.value.phase, late.value.timeout) == ("ioctl", 0.3)
+                assert "echo: hanging" in late.value.lines[-1]
+            assert kdriver.lost
+        with kdriver.running(), kdriver.device(PATH) as device:
+            device.write(b"again")
+            assert device.read(5) == b"again"
+
+    def test_what_is_slow_is_waited_for(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device:
+            device.ioctl(HANG, number(300))
+            assert kdriver.dbgprint.lines == ["hanging", "done"]
+
+    def test_threads_may_use_devices_at_once(self, kdriver: Driver) -> None:
+        failures: list[BaseException] = []
+
+        def use(own: bytes) -> None:
+            try:
+                with kdriver.device(PATH) as device:
+                    for _ in range(50):
+                        assert device.ioctl(ECHO, own, output_size=64) == own
+            except BaseException as error:
+                failures.append(error)
+
+        with kdriver.running():
+            threads = [threading.Thread(target=use, args=(bytes([n]) * 40,)) for n in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert failures == []
+
+
+class TestCrash:
+    @pytest.mark.parametrize(
+        ("how", "what"),
+        [
+            (0, r"bug check 0x52555354 .*panicked at echo/src/lib\.rs:\d+"),
+            (1, r"page fault: write access to 0x10 at .*echo/src/lib\.rs:\d+ in echo::crash"),
+            (2, r"bug check 0xE2E2 \(0x1, 0x2, 0x3, 0x4\), at .*echo/src/lib\.rs:\d+"),
+        ],
+        ids=["panic", "page-fault", "bug-check"],
+    )
+    def test_in_an_ioctl_is_raised_by_it_with_file_and_line(
+        self, kdriver: Driver, how: int, what: str
+    ) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device:
+            with pytest.raises(DriverCrashed, match=what):
+                device.ioctl(CRASH, number(how))
+            with pytest.raises(DeviceError):
+                device.read(1)
+        with kdriver.running(), kdriver.device(PATH) as device:
+            assert device.ioctl(COUNT, output_size=4) == number(1)
