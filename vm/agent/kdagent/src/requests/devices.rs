@@ -2,13 +2,14 @@
 
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::ptr::{null, null_mut};
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use frames::{DeviceOpened, Ioctl, OpenDevice, ReadDevice, WriteDevice};
 
 use super::calls::{Calls, Outcome, Target};
-use super::transfer::Transfer;
+use super::transfer::{Transfer, new_event};
 use crate::failure::{Answer, Failure};
 use crate::handle::Owned;
 use crate::server::Reply;
@@ -31,6 +32,8 @@ pub struct Devices {
     next: AtomicU32,
     open: Mutex<BTreeMap<u32, Owned>>,
     calls: Calls,
+    /// To make one for each call, and to close it, costs two more round trips to the wineserver, on Wine.
+    idle_events: Mutex<Vec<Owned>>,
 }
 
 impl Devices {
@@ -39,6 +42,7 @@ impl Devices {
             next: AtomicU32::new(1),
             open: Mutex::new(BTreeMap::new()),
             calls: Calls::new(),
+            idle_events: Mutex::new(Vec::new()),
         }
     }
 
@@ -47,7 +51,7 @@ impl Devices {
     /// One that was given up at the time limit is closed as soon as it is open after all.
     pub fn open(&'static self, request: &OpenDevice<'_>, reply: &mut Reply) -> Answer {
         let path = text::wide(request.path)?;
-        let transfer = Arc::new(Transfer::new(&[], 0)?);
+        let transfer = self.transfer(&[], 0)?;
         self.calls
             .begin(&transfer, Target::Opening, request.time_limit, reply)?;
         let result = create(&path, transfer.status_block());
@@ -78,7 +82,7 @@ impl Devices {
     }
 
     pub fn read(&'static self, request: &ReadDevice, reply: &mut Reply) -> Answer {
-        let transfer = transfer(&[], request.length)?;
+        let transfer = self.transfer(&[], request.length)?;
         self.call(
             request.device,
             request.time_limit,
@@ -103,7 +107,7 @@ impl Devices {
     }
 
     pub fn write(&'static self, request: &WriteDevice<'_>, reply: &mut Reply) -> Answer {
-        let transfer = transfer(request.data, 0)?;
+        let transfer = self.transfer(request.data, 0)?;
         self.call(
             request.device,
             request.time_limit,
@@ -128,7 +132,7 @@ impl Devices {
     }
 
     pub fn control(&'static self, request: &Ioctl<'_>, reply: &mut Reply) -> Answer {
-        let transfer = transfer(request.data, request.output_size)?;
+        let transfer = self.transfer(request.data, request.output_size)?;
         self.call(
             request.device,
             request.time_limit,
@@ -152,6 +156,15 @@ impl Devices {
                 )
             },
         )
+    }
+
+    fn transfer(&self, input: &[u8], output_size: u32) -> Answer<Arc<Transfer>> {
+        if output_size > MAX_OUTPUT {
+            return Err(Failure::Refused("above 16 MiB can't be asked for"));
+        }
+        let idle = self.idle_events.lock().pop();
+        let event = idle.map_or_else(new_event, Ok)?;
+        Ok(Arc::new(Transfer::new(event, input, output_size as usize)))
     }
 
     /// Makes a call and answers when it has ended, unless it was given up.
@@ -180,7 +193,12 @@ impl Devices {
             transfer.wait();
         }
         match self.calls.end(&transfer) {
-            Some(outcome) => answer(returned, &transfer, outcome, reply),
+            Some(outcome) => {
+                answer(returned, &transfer, outcome, reply);
+                if let Some(transfer) = Arc::into_inner(transfer) {
+                    self.idle_events.lock().push(transfer.into_event());
+                }
+            }
             None if returned == sys::STATUS_PENDING => core::mem::forget(transfer),
             None => {}
         }
@@ -194,13 +212,6 @@ impl Devices {
         drop(file);
         Ok(())
     }
-}
-
-fn transfer(input: &[u8], output_size: u32) -> Answer<Arc<Transfer>> {
-    if output_size > MAX_OUTPUT {
-        return Err(Failure::Refused("above 16 MiB can't be asked for"));
-    }
-    Transfer::new(input, output_size as usize).map(Arc::new)
 }
 
 fn answer(returned: u32, transfer: &Transfer, outcome: Outcome, reply: &mut Reply) {

@@ -17,9 +17,11 @@ pub struct Transfer {
     event: Owned,
     status: UnsafeCell<sys::IoStatusBlock>,
     input: Vec<u8>,
-    /// A box of ours. A pointer, since to move or to borrow the box would claim what is in it.
-    output: *mut [u8],
+    output: Output,
 }
+
+/// A box of ours. A pointer, since to move or to borrow the box would claim what is in it.
+struct Output(*mut [u8]);
 
 // SAFETY: the pointer is this structure's own, and what the kernel writes is read only behind the end of the
 // call, by the thread that made it.
@@ -27,16 +29,27 @@ unsafe impl Send for Transfer {}
 // SAFETY: as above.
 unsafe impl Sync for Transfer {}
 
+/// An event for a transfer.
+pub fn new_event() -> Answer<Owned> {
+    // SAFETY: null stands for nothing.
+    let event = unsafe { sys::CreateEventW(null(), sys::TRUE, 0, null()) };
+    Owned::new(event, "make an event")
+}
+
 impl Transfer {
-    pub fn new(input: &[u8], output_size: usize) -> Answer<Self> {
-        // SAFETY: null stands for nothing.
-        let event = unsafe { sys::CreateEventW(null(), sys::TRUE, 0, null()) };
-        Ok(Transfer {
-            event: Owned::new(event, "make an event")?,
+    /// The kernel resets the event when the call begins.
+    pub fn new(event: Owned, input: &[u8], output_size: usize) -> Self {
+        Transfer {
+            event,
             status: UnsafeCell::default(),
             input: input.to_vec(),
-            output: Box::into_raw(vec![0; output_size].into_boxed_slice()),
-        })
+            output: Output(Box::into_raw(vec![0; output_size].into_boxed_slice())),
+        }
+    }
+
+    /// Gives the event back, of a transfer that has ended.
+    pub fn into_event(self) -> Owned {
+        self.event
     }
 
     pub fn event(&self) -> sys::Handle {
@@ -57,9 +70,9 @@ impl Transfer {
 
     /// The place for the output; null if it is empty.
     pub fn output(&self) -> (*mut u8, u32) {
-        match self.output.len() {
+        match self.output.0.len() {
             0 => (null_mut(), 0),
-            length => (self.output.cast(), length as u32),
+            length => (self.output.0.cast(), length as u32),
         }
     }
 
@@ -91,13 +104,13 @@ impl Transfer {
     /// The call has ended.
     pub unsafe fn result(&self) -> (sys::IoStatusBlock, &[u8]) {
         // SAFETY: the kernel has no use for the memory any more.
-        unsafe { (*self.status.get(), &*self.output) }
+        unsafe { (*self.status.get(), &*self.output.0) }
     }
 }
 
-impl Drop for Transfer {
+impl Drop for Output {
     fn drop(&mut self) {
-        // SAFETY: `new` made it of a box.
-        drop(unsafe { Box::from_raw(self.output) });
+        // SAFETY: `Transfer::new` made it of a box.
+        drop(unsafe { Box::from_raw(self.0) });
     }
 }
