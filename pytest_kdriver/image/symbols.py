@@ -84,9 +84,13 @@ def _load(image: Path, *_stamps: tuple[int, int] | None) -> Symbols:
         )
     if done.returncode:
         return Symbols(done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
+    from symbolic.exceptions import SymbolicError
     from symbolic.symcache import SymCache
 
-    table = SymCache.from_bytes(done.stdout)  # type: ignore[no-untyped-call]
+    try:
+        table = SymCache.from_bytes(done.stdout)  # type: ignore[no-untyped-call]
+    except SymbolicError as error:
+        return Symbols(f"the debug information of {image} is broken: {error}")
     return Symbols(None, cast("_Table", table))
 
 

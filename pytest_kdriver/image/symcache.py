@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
@@ -30,15 +29,19 @@ def main() -> int:
     """Read the image that the command line names; the exit code."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    output = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # symbolic prints what astonishes it
     try:
-        _write_symcache(Path(os.fsdecode(sys.argv[1])))
+        symcache = _symcache(Path(os.fsdecode(sys.argv[1])))
     except _NoSymbols as reason:
         print(reason, file=sys.stderr)
         return 1
+    with open(output, "wb") as stdout:  # noqa: PTH123 -- a descriptor
+        stdout.write(symcache)
     return 0
 
 
-def _write_symcache(image: Path) -> None:
+def _symcache(image: Path) -> bytes:
     try:
         from symbolic.exceptions import SymbolicError
         from symbolic.symcache import SymCache
@@ -46,7 +49,7 @@ def _write_symcache(image: Path) -> None:
         raise _NoSymbols(f"the Python package symbolic can't be loaded: {error}") from error
     try:
         symcache: SymCache = _debug_information(image).make_symcache()
-        shutil.copyfileobj(symcache.open_stream(), sys.stdout.buffer)  # type: ignore[no-untyped-call]
+        return bytes(symcache.open_stream().read())  # type: ignore[no-untyped-call]
     except SymbolicError as error:
         raise _NoSymbols(
             f"the debug information of {image} is broken: {_one_line(error)}"
@@ -98,7 +101,8 @@ def _pdb_paths(image: Path) -> Iterator[Path]:
     named = _named_pdb(image)
     if named:
         yield image.with_name(PureWindowsPath(named).name)
-        yield Path(named)
+        if Path(named).is_absolute():
+            yield Path(named)
 
 
 def _named_pdb(image: Path) -> str | None:
