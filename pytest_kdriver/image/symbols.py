@@ -79,18 +79,13 @@ def _load(image: Path, *_stamps: tuple[int, int] | None) -> Symbols:
             f"the debug information of {image} took more than {READ_TIMEOUT:g} s to read"
         )
     if done.returncode < 0:
-        return Symbols(
-            f"the debug information of {image} is broken: reading it never came to an end"
-        )
+        told = f"it brought its reader down (signal {-done.returncode})"
+        return Symbols(f"the debug information of {image} is broken: {told}")
     if done.returncode:
         return Symbols(done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
-    from symbolic.exceptions import SymbolicError
     from symbolic.symcache import SymCache
 
-    try:
-        table = SymCache.from_bytes(done.stdout)  # type: ignore[no-untyped-call]
-    except SymbolicError as error:
-        return Symbols(f"the debug information of {image} is broken: {error}")
+    table = SymCache.from_bytes(done.stdout)  # type: ignore[no-untyped-call]
     return Symbols(None, cast("_Table", table))
 
 
