@@ -17,7 +17,7 @@ CARGO_MANIFESTS := $(wildcard drivers/Cargo.toml vm/agent/Cargo.toml)
 CHECKED_MANIFESTS := $(CARGO_MANIFESTS) bench/floor/Cargo.toml
 ARGS :=
 
-.PHONY: demo test test-trixie check soak bench format wheel clean setup
+.PHONY: demo test test-trixie check soak bench format wheel clean setup setup-tests
 .NOTPARALLEL:
 
 demo: setup
@@ -28,7 +28,7 @@ demo: setup
 	@echo; echo "--- and all of them, tested:"
 	@$(PYTEST) --kdriver-vm wine tests/drivers -v $(ARGS)
 
-test: setup
+test: setup-tests
 	@scripts/rust test $(CARGO_MANIFESTS)
 	@$(PYTEST) --kdriver-vm wine -m "not soak" $(ARGS)
 
@@ -36,7 +36,7 @@ test-trixie: export ARGS := $(ARGS)
 test-trixie:
 	@scripts/trixie
 
-soak: setup
+soak: setup-tests
 	@$(PYTEST) --kdriver-vm wine -m soak $(ARGS)
 
 bench: setup
@@ -64,3 +64,6 @@ clean:
 
 setup:
 	@scripts/setup
+
+setup-tests:
+	@scripts/setup tests

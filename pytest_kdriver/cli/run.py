@@ -93,6 +93,8 @@ def call(options: argparse.Namespace) -> int:
 def _run(driver: Driver, seconds: float) -> int:
     with _live(driver.window):
         failed = _load_and_unload(driver, seconds)
+    for finding in driver.preflight.warnings if driver.preflight else ():
+        _say(str(finding))
     if failed is not None:
         _say(f"FAILED: {failed}")
         return 1
