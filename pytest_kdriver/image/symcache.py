@@ -92,8 +92,9 @@ def _open(path: Path) -> Object:
 
 
 def _one_line(error: Exception) -> str:
-    """What symbolic says, which puts each cause on a line of its own."""
-    return ": ".join(line.strip().removeprefix("caused by: ") for line in str(error).splitlines())
+    """What symbolic says, which puts each cause on a line of its own, and some twice."""
+    causes = [line.strip().removeprefix("caused by: ") for line in str(error).splitlines()]
+    return ": ".join(dict.fromkeys(causes))
 
 
 def _pdb_paths(image: Path) -> Iterator[Path]:
