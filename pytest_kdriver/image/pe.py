@@ -112,6 +112,11 @@ class Section:
         """The address behind it, at a page's border."""
         return self.address + -(-max(self.size, 1) // PAGE) * PAGE
 
+    @property
+    def stored_end(self) -> int:
+        """The offset in the file behind it."""
+        return self.offset + self.stored
+
 
 @dataclass(frozen=True, slots=True)
 class Import:
@@ -187,18 +192,18 @@ class Image:
             raise self._wrong(
                 f"it refers to {size} bytes at 0x{address:X}, which are not in one section"
             )
-        begin = address - section.address
-        stored = max(min(size, section.stored - begin), 0)
-        return self._slice(section.offset + begin, stored).ljust(size, b"\0")
+        return self._content(section, address, size)
 
     def text(self, address: int) -> str:
         """The zero-terminated string at ``address``, with what can't be printed escaped."""
         section = self.section_at(address)
-        room = 0 if section is None else section.end - address
-        text, end, _ = self.read(address, min(room, MAX_NAME)).partition(b"\0")
-        if not end:
+        if section is None:
+            raise self._wrong(f"it refers to 0x{address:X}, where nothing is")
+        content = self._content(section, address, min(section.end - address, MAX_NAME))
+        end = content.find(b"\0")
+        if end < 0:
             raise self._wrong(f"the name at 0x{address:X} has no end")
-        return text.decode("latin-1").encode("unicode_escape").decode("ascii")
+        return _printable(content[:end])
 
     def imports(self) -> Iterator[Import]:
         """What it imports, module by module. Raises ``ImageError`` where that makes no sense."""
@@ -269,6 +274,12 @@ class Image:
                 symbols.append(self.text((thunk & 0x7FFFFFFF) + 2))
         raise self._wrong(f"it imports more than {MAX_IMPORTS} symbols")
 
+    def _content(self, section: Section, address: int, size: int) -> bytes:
+        """Bytes of a section; where memory goes on behind the file, zeros."""
+        begin = address - section.address
+        stored = max(min(size, section.stored - begin), 0)
+        return self._slice(section.offset + begin, stored).ljust(size, b"\0")
+
     def _slice(self, offset: int, size: int) -> bytes:
         if offset + size > len(self.data):
             raise self._wrong("it is truncated: its sections go on behind the file's end")
@@ -287,10 +298,13 @@ def read_layout(path: Path) -> ImageLayout:
 def read_image(path: Path) -> Image:
     """The image in file ``path``. Raises ``ImageError`` where that is no x86-64 image."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise ImageError(f"{path} is no file")
+        if status.st_size > MAX_FILE:
+            raise ImageError(f"{path} is no driver: it is larger than {MAX_FILE >> 20} MiB")
         with path.open("rb") as file:
-            data = file.read(MAX_FILE + 1)
+            data = file.read(status.st_size)
     except FileNotFoundError as error:
         raise ImageError(f"there is no {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
@@ -301,8 +315,6 @@ def read_image(path: Path) -> Image:
 def parse_image(data: bytes, path: Path) -> Image:
     """The image that ``data`` is, read from ``path``. Raises ``ImageError`` where it is none."""
     no_image = f"{path} is no Windows image"
-    if len(data) > MAX_FILE:
-        raise ImageError(f"{no_image} for a kernel: it is larger than {MAX_FILE >> 20} MiB")
     if not data.startswith(b"MZ"):
         raise ImageError(f"{no_image}: {_what_else(data)}")
     try:
@@ -358,13 +370,20 @@ def _section(data: bytes, at: int) -> Section:
         "<8sIIIIIIHHI", data, at
     )
     return Section(
-        name=name.rstrip(b"\0").decode("latin-1").encode("unicode_escape").decode("ascii"),
+        name=_printable(name.rstrip(b"\0")),
         address=address,
         size=size or stored,
         offset=offset,
         stored=stored,
         flags=SectionFlag(flags & (SectionFlag.EXECUTE | SectionFlag.WRITE)),
     )
+
+
+def _printable(name: bytes) -> str:
+    text = name.decode("latin-1")
+    if text.isascii() and text.isprintable():
+        return text
+    return text.encode("unicode_escape").decode("ascii")
 
 
 def _what_else(data: bytes) -> str:

@@ -34,6 +34,9 @@ Guest: TypeAlias = Literal["wine", "windows"]
 _SHOWN: Final = 8
 """How many names of one kind a message has; the others are counted."""
 
+_CHUNK: Final = 1 << 16
+"""Bytes that are added as one number; an even count."""
+
 _USER_MODE: Final = re.compile(
     r"(kernel32|kernelbase|ntdll|user32|gdi32|advapi32|sechost|shell32|shlwapi|ole32|oleaut32|combase"
     r"|rpcrt4|ws2_32|crypt32|bcrypt|bcryptprimitives|userenv|version|winmm|dbghelp|psapi"
@@ -153,14 +156,15 @@ class _Check:
                 "that, nor Windows with memory integrity (HVCI); link without /ALIGN (lld-link, link.exe) or "
                 "--section-alignment (mingw ld)",
             )
+        last = max(image.sections, key=lambda section: section.stored and section.stored_end)
+        if last.stored and last.stored_end > len(image.data):
+            yield self._error(
+                "truncated",
+                f"it is truncated: its section {last.name} ends at {last.stored_end} in the file, which has "
+                f"{len(image.data)} bytes: build or copy it again",
+            )
         end = image.sections[0].address
         for section in image.sections:
-            if section.stored and section.offset + section.stored > len(image.data):
-                yield self._error(
-                    "truncated",
-                    f"it is truncated: its section {section.name} ends at {section.offset + section.stored} "
-                    f"in the file, which has {len(image.data)} bytes: build or copy it again",
-                )
             if section.address < end:
                 yield self._error(
                     "sections",
@@ -341,18 +345,16 @@ class _Check:
 
 
 def checksum(data: bytes, field: int) -> int:
-    """The checksum of the image ``data``, whose checksum's field is at offset ``field``.
+    """The checksum of the image ``data``, which has it, or what is there instead, at offset ``field``.
 
     It is the sum of its 16-bit words with the carries added, the field left out, plus its length. Such a
     sum is a remainder by 0xFFFF, and a long number has the same one as the sum of its words.
     """
-    chunk = 1 << 16
-    pieces = (data[:field], bytes(4), data[field + 4 :])
-    rest = b"".join(pieces)
     total = sum(
-        int.from_bytes(rest[start : start + chunk], "little")
-        for start in range(0, len(rest), chunk)
+        int.from_bytes(data[start : start + _CHUNK], "little")
+        for start in range(0, len(data), _CHUNK)
     )
+    total -= int.from_bytes(data[field : field + 4], "little") << 8 * (field % 2)
     return ((total - 1) % 0xFFFF + 1 if total else 0) + len(data)
 
 
