@@ -41,8 +41,8 @@ def measure() -> list[Figure]:
             unit="ms",
             floor=median(floors) * 1000,
             limit=100,
-            note=f"of an image of {SIZE // 1_000_000} MB with a checksum, by the exports of a kernel that was not "
-            f"looked at before; median of {RUNS}. Floor: reading the file and its SHA-256",
+            note=f"of an image of {SIZE // 1_000_000} MB with a checksum, by the exports of a kernel that "
+            f"was not looked at before; median of {RUNS}. Floor: reading the file and its SHA-256",
         )
     ]
 

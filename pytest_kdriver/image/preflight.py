@@ -135,9 +135,11 @@ class _Check:
             f"its subsystem is {name}, a driver's is NATIVE: link with /SUBSYSTEM:NATIVE (lld-link, "
             "link.exe) or --subsystem native (mingw ld)"
         )
-        if self.image.flags & FileFlag.DLL:
-            called = "; Wine calls the entry point of such a DLL as DllMain, and refuses it"
-            yield self._error_on("wine", "subsystem", told + called)
+        if self.guest == "wine" and self.image.flags & FileFlag.DLL:
+            yield self._error(
+                "subsystem",
+                f"{told}; Wine calls such a DLL's entry point as DllMain, and refuses it",
+            )
         else:
             yield self._warning("subsystem", told)
 
@@ -163,6 +165,7 @@ class _Check:
                 f"it is truncated: its section {last.name} ends at {last.stored_end} in the file, which has "
                 f"{len(image.data)} bytes: build or copy it again",
             )
+        unit = min(max(image.alignment, 1), PAGE)
         end = image.sections[0].address
         for section in image.sections:
             if section.address < end:
@@ -178,7 +181,7 @@ class _Check:
                     f"nothing is between 0x{end:X} and its section {section.name} at 0x{section.address:X}: "
                     f"Windows wants sections to follow one another; {again}",
                 )
-            end = section.end
+            end = section.address + -(-max(section.size, 1) // unit) * unit
         if end > -(-image.size // PAGE) * PAGE:
             yield self._error(
                 "sections",

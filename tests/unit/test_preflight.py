@@ -172,6 +172,8 @@ class TestSections:
         image = signed(build(alignment=0x200))
         assert codes(check(image)) == [("error", "alignment")]
         assert codes(check(image, "windows")) == [("warning", "alignment")]
+        close = signed(patched(build(alignment=0x200), SECTIONS + 40 + 12, "<I", PAGE + 0x200))
+        assert codes(check(close, "windows")) == [("warning", "alignment")]
 
     def test_that_are_not_there(self, check: Check) -> None:
         assert "it has no sections" in only(check(patched(build(), 0x86, "<H", 0))).message
