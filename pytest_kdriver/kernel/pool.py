@@ -279,15 +279,18 @@ class Pool:
         return Callers(Images(self._window, self._driver), self._load_symbols)
 
     def _uses(self, blocks: Iterable[_Block]) -> PoolUses:
-        callers = self._callers()
-        groups: dict[tuple[str, str, Caller], list[int]] = {}
+        sizes: dict[tuple[bytes, str, tuple[int, ...]], list[int]] = {}
         for block in blocks:
             allocated = block.allocated
-            key = (_tag(allocated.tag), allocated.pool_type, callers.caller(block.stack))
-            groups.setdefault(key, []).append(allocated.size)
+            alike = (allocated.tag, allocated.pool_type, block.stack)
+            sizes.setdefault(alike, []).append(allocated.size)
+        callers = self._callers()
+        groups: dict[tuple[str, str, Caller], list[int]] = {}
+        for (tag, pool_type, stack), some in sizes.items():
+            groups.setdefault((_tag(tag), pool_type, callers.caller(stack)), []).extend(some)
         uses = [
-            PoolUse(tag, sum(sizes), len(sizes), pool_type, caller)
-            for (tag, pool_type, caller), sizes in groups.items()
+            PoolUse(tag, sum(some), len(some), pool_type, caller)
+            for (tag, pool_type, caller), some in groups.items()
         ]
         return PoolUses(sorted(uses, key=lambda use: -use.size))
 
