@@ -76,7 +76,7 @@ def running(probe: Driver) -> Iterator[Device]:
 
 
 def allocate(device: Device, routine: str, size: int, *, freed: int = NEVER) -> bool:
-    """Have the driver allocate; False where the system has no such routine: of Wine, 8 has no Pool2."""
+    """Have the driver allocate; False where the system has no such routine."""
     try:
         device.ioctl(POOL, struct.pack("<II4sI", ROUTINES[routine], size, b"tst1", freed))
     except DeviceError as error:
@@ -132,7 +132,7 @@ class TestPool:
     ) -> None:
         with running(leaking_probe) as device:
             if not allocate(device, routine, 1000):
-                return
+                pytest.skip("this Wine has no ExAllocatePool2")
             allocate(device, routine, 10, freed=BY_EX_FREE_POOL)
         (leak,) = leaking_probe.pool.leaked
         assert (leak.size, leak.count) == (1000, 1)

@@ -20,7 +20,7 @@ enum {
     HANG = PROBE_CODE(7),         /* never returns */
     POOL = PROBE_CODE(8),         /* POOL_INPUT: allocates a block */
     LOOKASIDE = PROBE_CODE(9),    /* ULONG size: takes an entry of a lookaside list, and keeps it */
-    HANG_CREATES = PROBE_CODE(10) /* from now on IRP_MJ_CREATE never returns */
+    CREATES = PROBE_CODE(10)      /* NTSTATUS: IRP_MJ_CREATE now completes with this; STATUS_PENDING: never */
 };
 
 typedef struct {
@@ -73,7 +73,7 @@ static LIST_ENTRY Kept;
 static UCHAR Written[4096];
 static ULONG WrittenLength;
 static KEVENT Never;
-static BOOLEAN CreatesHang;
+static NTSTATUS CreateStatus;
 static NPAGED_LOOKASIDE_LIST Lookaside;
 
 /* Points the relocations of an image that has them: somebody has to have applied them. */
@@ -96,9 +96,9 @@ static NTSTATUS NTAPI Create(PDEVICE_OBJECT device, PIRP irp)
 {
     UNREFERENCED_PARAMETER(device);
     DbgPrint("probe: create\n");
-    if (CreatesHang)
+    if (CreateStatus == STATUS_PENDING)
         WaitForEver();
-    return Complete(irp, STATUS_SUCCESS, 0);
+    return Complete(irp, CreateStatus, 0);
 }
 
 static NTSTATUS NTAPI Close(PDEVICE_OBJECT device, PIRP irp)
@@ -301,7 +301,7 @@ static NTSTATUS NTAPI Control(PDEVICE_OBJECT device, PIRP irp)
     switch (stack->Parameters.DeviceIoControl.IoControlCode) {
     case FAIL: least = sizeof(FAIL_INPUT); break;
     case POOL: least = sizeof(POOL_INPUT); break;
-    case TIMER: case LOOKASIDE: least = sizeof(ULONG); break;
+    case TIMER: case LOOKASIDE: case CREATES: least = sizeof(ULONG); break;
     default: break;
     }
     if (input_length < least)
@@ -342,8 +342,8 @@ static NTSTATUS NTAPI Control(PDEVICE_OBJECT device, PIRP irp)
         return Complete(irp, UsePool(buffer), 0);
     case LOOKASIDE:
         return Complete(irp, UseLookaside(*(ULONG *)buffer), 0);
-    case HANG_CREATES:
-        CreatesHang = TRUE;
+    case CREATES:
+        CreateStatus = *(NTSTATUS *)buffer;
         return Complete(irp, STATUS_SUCCESS, 0);
     default:
         return Complete(irp, STATUS_INVALID_DEVICE_REQUEST, 0);
