@@ -23,7 +23,7 @@ from pytest_kdriver.errors import (
     NotImplementedByGuest,
 )
 from pytest_kdriver.guest import executable, messages
-from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult, OpenResult
 from pytest_kdriver.guest.executable import agent_executable
 from pytest_kdriver.guest.frames import MAX_BODY, Decoder, Frame, Kind, encode
 from pytest_kdriver.guest.registry import RegistryValue, decode_value, encode_value
@@ -404,6 +404,78 @@ class TestRun:
             with pytest.raises(ValueError, match="fit into a frame"):
                 agent.run(["x"], stdin=bytes(1 << 20))
             agent.fence("still there")
+
+
+class TestDevices:
+    def test_calls_are_answered_with_all_that_came_of_them(self) -> None:
+        ended = messages.IoEnded(status=0x80000005, outcome=1, count=9, data=b"data")
+        guest = FakeGuest(
+            {
+                messages.Ioctl: ended,
+                messages.ReadDevice: replace(ended, outcome=0),
+                messages.WriteDevice: replace(ended, outcome=2, status=0x103),
+            }
+        )
+        with connect(guest) as agent:
+            controlled = agent.ioctl(5, 0x222000, b"in", 4, time_limit=1.5)
+            assert controlled == IoResult(
+                status=NTSTATUS.STATUS_BUFFER_OVERFLOW,
+                data=b"data",
+                count=9,
+                outcome=IoOutcome.CANCELLED,
+            )
+            assert agent.read_device(5, 4, time_limit=0).outcome is IoOutcome.COMPLETED
+            written = agent.write_device(5, b"in", time_limit=1)
+            assert (written.status, written.outcome) == (0x103, IoOutcome.STUCK)
+            agent.close_device(5)
+        assert [request for _, request in guest.requests[1:]] == [
+            messages.Ioctl(device=5, code=0x222000, data=b"in", output_size=4, time_limit=1500),
+            messages.ReadDevice(device=5, length=4, time_limit=0),
+            messages.WriteDevice(device=5, data=b"in", time_limit=1000),
+            messages.CloseDevice(device=5),
+        ]
+
+    @pytest.mark.parametrize(
+        ("answer", "expected"),
+        [
+            ((0, 0, 7), OpenResult(status=NTSTATUS(0), device=7, outcome=IoOutcome.COMPLETED)),
+            (
+                (0xC0000034, 0, 0),
+                OpenResult(
+                    status=NTSTATUS.STATUS_OBJECT_NAME_NOT_FOUND,
+                    device=None,
+                    outcome=IoOutcome.COMPLETED,
+                ),
+            ),
+            (
+                (0x103, 2, 0),
+                OpenResult(status=NTSTATUS(0x103), device=None, outcome=IoOutcome.STUCK),
+            ),
+        ],
+        ids=["open", "not-there", "stuck"],
+    )
+    def test_are_open_or_not(self, answer: tuple[int, int, int], expected: OpenResult) -> None:
+        status, outcome, device = answer
+        opened = messages.DeviceOpened(status=status, outcome=outcome, device=device)
+        with connect(FakeGuest({messages.OpenDevice: opened})) as agent:
+            assert agent.open_device(r"\??\echo", time_limit=1) == expected
+
+    def test_calls_that_can_t_be_are_refused(self) -> None:
+        with connect(FakeGuest()) as agent:
+            for time_limit in (-1, 1 << 22, float("nan")):
+                with pytest.raises(ValueError, match="time limit"):
+                    agent.read_device(1, 4, time_limit=time_limit)
+            with pytest.raises(ValueError, match="fit into a frame"):
+                agent.write_device(1, bytes(1 << 20), time_limit=1)
+            with pytest.raises(ValueError, match="can't be sent"):
+                agent.ioctl(1, 1 << 32, b"", 0, time_limit=1)
+            agent.fence("still there")
+
+    def test_an_outcome_that_is_none_is_told(self) -> None:
+        ended = messages.IoEnded(status=0, outcome=3, count=0, data=b"")
+        guest = FakeGuest({messages.Ioctl: ended})
+        with connect(guest) as agent, pytest.raises(AgentProtocolError, match="3 is no outcome"):
+            agent.ioctl(1, 1, b"", 0, time_limit=1)
 
 
 class TestRegistryValues:
