@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from bench import clone, cycle, first_driver, flood, ioctl, preflight, unused
+from bench import clone, cycle, first_driver, flood, ioctl, preflight, symbols, unused
 from bench.table import render
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -23,6 +23,7 @@ MEASUREMENTS = {
     "clone": clone.measure,
     "ioctl": ioctl.measure,
     "preflight": preflight.measure,
+    "symbols": symbols.measure,
 }
 
 
