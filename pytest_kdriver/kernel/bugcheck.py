@@ -81,11 +81,10 @@ def locate_crash(crash: Crash, window: Window, driver: str, load_symbols: LoadSy
         return crash
     frames = Callers(images, load_symbols).frames(crash.address, crash.instruction)
     place = Caller(tuple(frames))
-    where = f"at {place}"
-    if not place.own_frames:
-        where = _panic(crash, window, driver) or where
+    where = None if place.own_frames else _panic(crash, window, driver)
+    if where is None:
         problem = load_symbols().problem
-        where += f"; no file and line: {problem}" if problem else ""
+        where = f"at {place}" + (f"; no file and line: {problem}" if problem else "")
     return replace(crash, description=f"{crash.description}, {where}")
 
 

@@ -361,6 +361,7 @@ def test_a_lone_call_from_a_crate_names_no_wrong_line_and_says_what_helps() -> N
 def test_with_a_stack_there_is_nothing_to_advise() -> None:
     view = pool(allocated(1), stack(1, 1), source=Source(SOURCE))
     assert "from windows_kernel_rs (a+0x1)" in view.problems(leaks=True)
+    assert "capture-stacks" not in view.problems(leaks=True)
     view = pool(allocated(1), stack(1, 1, 0x400), source=Source(SOURCE))
     assert "capture-stacks" not in view.problems(leaks=True)
 
@@ -548,10 +549,11 @@ def test_a_bug_check_is_told_by_the_line_of_the_call_before_its_return_address()
     )
 
 
-def test_a_panic_is_told_by_what_it_printed_last() -> None:
+@pytest.mark.parametrize("source", [Source(SOURCE), Source(problem="there is no a.pdb")])
+def test_a_panic_is_told_by_what_it_printed_last(source: Source) -> None:
     assert crash_of(
         BugCheck(0.0, "a", 0x52555354, (), BASE + 1),
-        Source(SOURCE),
+        source,
         DebugPrint(0.0, "a", b"panicked at a/src/old.rs:1:1: an earlier one\n"),
         DebugPrint(0.0, "a", b"panicked at a/src/lib.rs:67:17: as it was told\n"),
         DebugPrint(0.0, "b", b"panicked at b/src/lib.rs:1:1: another driver\n"),
