@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from pytest_kdriver import (
     DeviceError,
     Driver,
     DriverCrashed,
+    StopFailed,
     TargetHandle,
     ctl_code,
 )
@@ -163,6 +166,30 @@ def test_an_init_that_fails_undoes_its_devices(kdriver: Driver) -> None:
     assert kdriver.pool.leaked == []
     with pytest.raises(DeviceError), kdriver.device(r"\\.\Checks1"):
         pass
+
+
+@pytest.mark.kdriver("checks", parameters=CHECKS)
+def test_an_unload_waits_for_the_request_that_is_going_on(
+    kdriver: Driver, kdriver_target: TargetHandle
+) -> None:
+    """Wine, and no Windows, unloads a driver that something is open on, if it is not the plugin that asks."""
+
+    def wait_for_the_unload() -> None:
+        with suppress(DriverCrashed):
+            device.ioctl(ctl_code(0x801))
+
+    kdriver.start()
+    # It is stopped behind the plugin's back, so whatever call comes next tells of a crash.
+    with suppress(DriverCrashed, StopFailed), kdriver.device(r"\\.\Checks1") as device:
+        request = threading.Thread(target=wait_for_the_unload)
+        request.start()
+        kdriver.dbgprint.expect("waiting")
+        kdriver_target.run(["sc", "stop", "checks"])
+        request.join()
+        kdriver.stop()
+    lines = kdriver.dbgprint.lines
+    assert lines.index("waited") < lines.index(GOING[1])
+    assert lines[-1] == "dropped"
 
 
 ANY_CODE = ctl_code(0x800)

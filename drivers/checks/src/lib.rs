@@ -8,7 +8,8 @@
 //!
 //! It leaves two devices, `\Device\Checks1` and `\Device\Checks2`, for programs `\\.\Checks1` and so on.
 //! They take whatever they are asked, touch no buffer, and claim to have filled it, and far more;
-//! but the second refuses to be opened.
+//! but the second refuses to be opened. `WAIT`, the control code 0x00222004, comes back when the link
+//! to the first is gone: when somebody unloads the driver all the same, as Wine lets him.
 //! When they go they say so, and what comes of opening and reading them now.
 
 #![no_std]
@@ -21,13 +22,13 @@ use core::fmt;
 use core::ptr;
 use core::time::Duration;
 use kernel_text::utf16;
-use windows_kernel_rs::device::{ControlBuffer, ControlCode, Device};
+use windows_kernel_rs::device::{Access, ControlBuffer, ControlCode, Device, Method};
 use windows_kernel_rs::time::{sleep, system_time};
 use windows_kernel_rs::{
     Driver, Error, KernelModule, Parameters, TryBox, dbg, kernel_module, print, println, try_format,
 };
 use windows_kernel_sys::base::{
-    IO_STATUS_BLOCK, NT_SUCCESS, NTSTATUS, OBJ_CASE_INSENSITIVE, OBJ_KERNEL_HANDLE,
+    HANDLE, IO_STATUS_BLOCK, NT_SUCCESS, NTSTATUS, OBJ_CASE_INSENSITIVE, OBJ_KERNEL_HANDLE,
     OBJECT_ATTRIBUTES, UNICODE_STRING,
 };
 use windows_kernel_sys::ntoskrnl::{ZwClose, ZwOpenFile, ZwReadFile};
@@ -199,6 +200,8 @@ fn devices_are_made(driver: &mut Driver) -> Result<bool, Error> {
     Ok((name, link) == (taken, taken))
 }
 
+const WAIT: ControlCode = ControlCode::new(0x22, 0x801, Method::Buffered, Access::Any);
+
 /// Wants an alignment that no kernel gives to a device's extension by itself.
 #[repr(align(256))]
 struct Claimer {
@@ -227,7 +230,15 @@ impl Device for Claimer {
         Ok(usize::MAX)
     }
 
-    fn ioctl(&self, _: ControlCode, _: ControlBuffer<'_>) -> Result<usize, Error> {
+    fn ioctl(&self, code: ControlCode, _: ControlBuffer<'_>) -> Result<usize, Error> {
+        if code == WAIT {
+            println!("waiting");
+            while let Ok(handle) = open(&utf16::literal(br"\??\Checks1")) {
+                close(handle);
+                sleep(Duration::from_millis(5));
+            }
+            println!("waited");
+        }
         Ok(usize::MAX)
     }
 }
@@ -246,8 +257,8 @@ impl Drop for Claimer {
     }
 }
 
-/// Opens a device as a program does, and reads one byte.
-fn open_and_read<const LENGTH: usize>(name: &[u16; LENGTH]) -> Result<(), Error> {
+/// Opens a device as a program does.
+fn open<const LENGTH: usize>(name: &[u16; LENGTH]) -> Result<HANDLE, Error> {
     const ACCESS: u32 = 0x10_0001; // FILE_READ_DATA, SYNCHRONIZE
     const FILE_SYNCHRONOUS_IO_NONALERT: u32 = 0x20;
 
@@ -280,6 +291,18 @@ fn open_and_read<const LENGTH: usize>(name: &[u16; LENGTH]) -> Result<(), Error>
             FILE_SYNCHRONOUS_IO_NONALERT,
         )
     })?;
+    Ok(handle)
+}
+
+fn close(handle: HANDLE) {
+    // SAFETY: it is open, and nobody else's.
+    unsafe { ZwClose(handle) };
+}
+
+/// Opens a device, and reads one byte.
+fn open_and_read<const LENGTH: usize>(name: &[u16; LENGTH]) -> Result<(), Error> {
+    let handle = open(name)?;
+    let mut outcome = IO_STATUS_BLOCK::default();
     let mut byte = 0_u8;
     // SAFETY: it is open, and the call returns when the byte is read, or will not be.
     let status = unsafe {
@@ -295,8 +318,7 @@ fn open_and_read<const LENGTH: usize>(name: &[u16; LENGTH]) -> Result<(), Error>
             ptr::null(),
         )
     };
-    // SAFETY: it is open.
-    unsafe { ZwClose(handle) };
+    close(handle);
     succeeded(status)
 }
 
