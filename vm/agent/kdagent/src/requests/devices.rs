@@ -58,6 +58,7 @@ impl Devices {
         let Some(outcome) = self.calls.end(&transfer) else {
             return Ok(());
         };
+        self.take_back(transfer);
         let (status, device) = match result? {
             Ok(file) => (0, self.keep(file)?),
             Err(status) => (status, 0),
@@ -167,6 +168,13 @@ impl Devices {
         Ok(Arc::new(Transfer::new(event, input, output_size as usize)))
     }
 
+    /// Takes the event of a call that has ended, unless somebody is still about to cancel it.
+    fn take_back(&self, transfer: Arc<Transfer>) {
+        if let Some(transfer) = Arc::into_inner(transfer) {
+            self.idle_events.lock().push(transfer.into_event());
+        }
+    }
+
     /// Makes a call and answers when it has ended, unless it was given up.
     ///
     /// What the call is handed stays as long as the kernel may use it: a transfer that has not ended is
@@ -195,9 +203,7 @@ impl Devices {
         match self.calls.end(&transfer) {
             Some(outcome) => {
                 answer(returned, &transfer, outcome, reply);
-                if let Some(transfer) = Arc::into_inner(transfer) {
-                    self.idle_events.lock().push(transfer.into_event());
-                }
+                self.take_back(transfer);
             }
             None if returned == sys::STATUS_PENDING => core::mem::forget(transfer),
             None => {}
