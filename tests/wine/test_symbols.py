@@ -92,6 +92,7 @@ def test_a_wrong_free_names_who_freed_and_who_had_allocated(
         ("bug-check", "KeBugCheckEx(0xE2E2"),
         ("int3", 'asm!("int3")'),
     ],
+    ids=["page-fault", "bug-check", "int3"],
 )
 def test_a_crash_names_its_line(kdriver_target: TargetHandle, how: str, line: str) -> None:
     (number,) = lines_with(line, PANICS.read_text())
@@ -145,6 +146,7 @@ def test_a_c_driver_s_leaks_and_faults_have_lines_too(
         ("hello", r"\S+leaks.pdb is of another build than leaks.sys"),
         (None, r"leaks.sys has no debug information, and there is no \S+leaks.pdb"),
     ],
+    ids=["its own", "of another build", "none"],
 )
 def test_symbols_that_are_not_the_driver_s_are_not_used_and_that_is_told(
     kdriver_target: TargetHandle, cargo: Cargo, tmp_path: Path, pdb: str | None, reason: str | None
