@@ -92,7 +92,9 @@ impl Driver {
     /// # Safety
     ///
     /// Nobody, the kernel included, reads or changes the object while the reference lives; and what
-    /// is written there is what the kernel expects.
+    /// is written there is what the kernel expects. With devices made by
+    /// [`create_device`](Self::create_device), the driver has no others, and `MajorFunction` stays
+    /// as it is for what they answer.
     pub unsafe fn as_raw_mut(&mut self) -> &mut DRIVER_OBJECT {
         // SAFETY: as above.
         unsafe { self.object.as_mut() }
@@ -114,8 +116,6 @@ impl Driver {
     /// Anybody may open it: its security is what the kernel gives to a device without one of its
     /// own. Who may do what has to be asked in [`Device::create`] or by the [`Access`] of a control
     /// code.
-    ///
-    /// A driver with such devices has no others, and leaves `MajorFunction` alone.
     ///
     /// [`Access`]: crate::device::Access
     ///

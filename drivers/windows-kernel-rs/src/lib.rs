@@ -22,6 +22,9 @@
 //! kernel_module!(Module);
 //! ```
 //!
+//! What programs open, read, write and control is a type that implements [`Device`], made by
+//! [`Driver::create_device`].
+//!
 //! Memory: on stable Rust an allocation that cannot fail panics when it does fail, and a panic is a
 //! bug check. So whatever the framework allocates, it allocates fallibly, and offers the means to
 //! do likewise: [`TryBox`], [`try_format!`], `Vec::try_reserve`, and `?`, since `TryReserveError`
