@@ -18,10 +18,11 @@ use core::time::Duration;
 use kernel_device::Gate;
 use windows_kernel_sys::base::{
     DEVICE_OBJECT, DO_BUFFERED_IO, DRIVER_OBJECT, FILE_DEVICE_SECURE_OPEN, FILE_DEVICE_UNKNOWN,
-    IRP, NTSTATUS, STATUS_OBJECT_NAME_EXISTS, STATUS_OBJECT_TYPE_MISMATCH,
+    IRP, NTSTATUS, OBJ_CASE_INSENSITIVE, OBJ_KERNEL_HANDLE, OBJECT_ATTRIBUTES, SYMBOLIC_LINK_QUERY,
 };
 use windows_kernel_sys::ntoskrnl::{
-    IoCreateDevice, IoCreateSymbolicLink, IoDeleteDevice, IoDeleteSymbolicLink,
+    IoCreateDevice, IoCreateSymbolicLink, IoDeleteDevice, IoDeleteSymbolicLink, ZwClose,
+    ZwOpenSymbolicLinkObject,
 };
 
 /// The newest device, or null. Changed by `DriverEntry` and `DriverUnload` alone, one after the
@@ -216,15 +217,13 @@ impl Link {
     fn create(link: &str, target: &UnicodeString<'_>) -> Result<Self, Error> {
         let units = unicode::try_encode(link)?;
         let name = UnicodeString::new(&units)?;
-        // SAFETY: both strings are well formed and outlive the call.
-        let status = unsafe { IoCreateSymbolicLink(name.as_raw(), target.as_raw()) };
-        match status {
-            // What Wine says of a link that is there and leads nowhere, or to a device.
-            STATUS_OBJECT_NAME_EXISTS | STATUS_OBJECT_TYPE_MISMATCH => {
-                Err(Error::OBJECT_NAME_COLLISION)
-            }
-            _ => Error::check(status).map(|()| Self { units }),
+        // Wine lets a link be that is there, and says that all is well.
+        if is_link(&name) {
+            return Err(Error::OBJECT_NAME_COLLISION);
         }
+        // SAFETY: both strings are well formed and outlive the call.
+        Error::check(unsafe { IoCreateSymbolicLink(name.as_raw(), target.as_raw()) })?;
+        Ok(Self { units })
     }
 }
 
@@ -237,4 +236,28 @@ impl Drop for Link {
             }
         }
     }
+}
+
+/// Whether there is a symbolic link of this name.
+fn is_link(name: &UnicodeString<'_>) -> bool {
+    let attributes = OBJECT_ATTRIBUTES {
+        #[allow(clippy::cast_possible_truncation)]
+        Length: size_of::<OBJECT_ATTRIBUTES>() as u32,
+        RootDirectory: ptr::null_mut(),
+        ObjectName: name.as_raw(),
+        Attributes: OBJ_CASE_INSENSITIVE | OBJ_KERNEL_HANDLE,
+        SecurityDescriptor: ptr::null(),
+        SecurityQualityOfService: ptr::null(),
+    };
+    let mut link = ptr::null_mut();
+    // SAFETY: both pointers outlive the call, and the attributes are well formed.
+    let status = unsafe {
+        ZwOpenSymbolicLinkObject(&raw mut link, SYMBOLIC_LINK_QUERY, &raw const attributes)
+    };
+    if Error::check(status).is_err() {
+        return false;
+    }
+    // SAFETY: it was just opened, and nobody else has it.
+    unsafe { ZwClose(link) };
+    true
 }

@@ -30,8 +30,6 @@ const fn status(code: u32) -> NTSTATUS {
 }
 
 pub const STATUS_SUCCESS: NTSTATUS = status(0);
-/// A success: what was to be made is there already.
-pub const STATUS_OBJECT_NAME_EXISTS: NTSTATUS = status(0x4000_0000);
 pub const STATUS_BUFFER_OVERFLOW: NTSTATUS = status(0x8000_0005);
 pub const STATUS_DEVICE_BUSY: NTSTATUS = status(0x8000_0011);
 pub const STATUS_NO_MORE_ENTRIES: NTSTATUS = status(0x8000_001A);
@@ -103,6 +101,9 @@ pub const OBJ_KERNEL_HANDLE: u32 = 0x200;
 
 /// The right to read a registry key.
 pub const KEY_READ: ACCESS_MASK = 0x2_0019;
+
+/// The right to read where a symbolic link leads.
+pub const SYMBOLIC_LINK_QUERY: ACCESS_MASK = 0x1;
 
 pub const REG_SZ: u32 = 1;
 pub const REG_EXPAND_SZ: u32 = 2;

@@ -82,6 +82,11 @@ unsafe extern "system" {
         access: ACCESS_MASK,
         attributes: *const OBJECT_ATTRIBUTES,
     ) -> NTSTATUS;
+    pub fn ZwOpenSymbolicLinkObject(
+        link: *mut HANDLE,
+        access: ACCESS_MASK,
+        attributes: *const OBJECT_ATTRIBUTES,
+    ) -> NTSTATUS;
     pub fn ZwQuerySystemInformation(
         class: c_int,
         information: *mut c_void,
