@@ -15,15 +15,14 @@ from tests.wine.c_drivers.build import FREE_BASE, Linker, Variant, build_probe
 PATH = r"\\.\probe"
 INVERT, TIMER, WORK, POOL, LOOKASIDE = (ctl_code(0x800 + function) for function in (0, 5, 6, 8, 9))
 
-# probe.c's ALLOCATE_ROUTINE
+# probe.c's ALLOCATE_ROUTINE, and what it asks each for
 ROUTINES = {
-    "ExAllocatePool": 0,
-    "ExAllocatePoolWithTag": 1,
-    "ExAllocatePoolWithQuota": 2,
-    "ExAllocatePoolWithQuotaTag": 3,
-    "ExAllocatePool2": 4,
+    "ExAllocatePool": "NonPagedPool",
+    "ExAllocatePoolWithTag": "PagedPool",
+    "ExAllocatePoolWithQuota": "NonPagedPool",
+    "ExAllocatePoolWithQuotaTag": "PagedPool",
+    "ExAllocatePool2": "NonPagedPoolNx",
 }
-PAGED = {"ExAllocatePoolWithTag", "ExAllocatePoolWithQuotaTag"}  # as probe.c has it
 WITHOUT_TAG = {"ExAllocatePool", "ExAllocatePoolWithQuota"}
 NO_TAG = "None"  # what the system itself puts there: 'None'
 NEVER, BY_EX_FREE_POOL, BY_EX_FREE_POOL_WITH_TAG = range(3)
@@ -77,8 +76,9 @@ def running(probe: Driver) -> Iterator[Device]:
 
 def allocate(device: Device, routine: str, size: int, *, freed: int = NEVER) -> bool:
     """Have the driver allocate; False where the system has no such routine."""
+    which = list(ROUTINES).index(routine)
     try:
-        device.ioctl(POOL, struct.pack("<II4sI", ROUTINES[routine], size, b"tst1", freed))
+        device.ioctl(POOL, struct.pack("<II4sI", which, size, b"tst1", freed))
     except DeviceError as error:
         if routine != "ExAllocatePool2" or error.status != NTSTATUS.STATUS_NOT_IMPLEMENTED:
             raise
@@ -137,7 +137,7 @@ class TestPool:
         (leak,) = leaking_probe.pool.leaked
         assert (leak.size, leak.count) == (1000, 1)
         assert leak.tag == (NO_TAG if routine in WITHOUT_TAG else "tst1")
-        assert leak.pool_type == ("PagedPool" if routine in PAGED else "NonPagedPool")
+        assert leak.pool_type == ROUTINES[routine]
         assert "probe.c" in str(leak.caller)
         assert leaking_probe.pool.allocated.total_size == 1010
 

@@ -75,14 +75,13 @@ def _compiler() -> str:
 def _linker(linker: Linker, gcc: str) -> list[str]:
     if linker is Linker.LD:
         return [_run(gcc, "-print-prog-name=ld")]
-    lld = shutil.which("ld.lld")
-    if lld is not None:
-        return [lld, "-m", "i386pep"]
     if shutil.which("rustc") is not None:
         sysroot = Path(_run("rustc", "--print", "sysroot"))
         for rust_lld in sysroot.glob("lib/rustlib/*/bin/rust-lld"):
             return [str(rust_lld), "-flavor", "gnu", "-m", "i386pep"]
-    pytest.fail("neither ld.lld nor rustup's rust-lld is here: apt-get install lld", pytrace=False)
+    for lld in (*Path("/usr/bin").glob("ld.lld"), *Path("/usr/bin").glob("ld.lld-*")):
+        return [str(lld), "-m", "i386pep"]
+    pytest.fail("neither rustup's rust-lld nor ld.lld is here: apt-get install lld", pytrace=False)
 
 
 def _library_of(gcc: str) -> Path:
