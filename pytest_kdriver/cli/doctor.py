@@ -110,7 +110,7 @@ def _machine() -> Finding:
 
 
 def _packages() -> Finding:
-    packages = ("pytest-kdriver", "pytest", "pefile", "symbolic")
+    packages = ("pytest-kdriver", "pytest", "symbolic")
     versions = [f"Python {platform.python_version()}"]
     try:
         versions += [f"{name} {importlib.metadata.version(name)}" for name in packages]

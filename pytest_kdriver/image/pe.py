@@ -27,6 +27,7 @@ MAX_MODULES: Final = 256
 MAX_IMPORTS: Final = 1 << 14
 MAX_EXPORTS: Final = 1 << 16
 MAX_NAME: Final = 1024
+MAX_DEBUG: Final = 64
 PAGE: Final = 0x1000
 
 _AMD64: Final = 0x8664
@@ -44,6 +45,7 @@ _OTHER_FORMATS: Final = (
     (b"Microsoft C/C++ MSF", "it is a PDB, the symbols of an image"),
     (b"#!", "it is a script"),
 )
+_CODEVIEW: Final = 2
 _ORDINAL: Final = 1 << 63
 
 
@@ -71,6 +73,7 @@ class Directory(IntEnum):
     IMPORT = 1
     SECURITY = 4
     RELOCATION = 5
+    DEBUG = 6
     DELAY_IMPORT = 13
 
 
@@ -245,6 +248,15 @@ class Image:
             },
             range(at, at + size),
         )
+
+    def pdb_path(self) -> str | None:
+        """The path of its PDB, as the linker wrote it; None: none. Raises ``ImageError`` for nonsense."""
+        at, size = self.directory(Directory.DEBUG)
+        for entry in range(at, at + min(size, MAX_DEBUG * 28) // 28 * 28, 28):
+            kind, length, address = struct.unpack("<12xIII4x", self.read(entry, 28))
+            if kind == _CODEVIEW and length > 24 and self.read(address, 4) == b"RSDS":
+                return self.text(address + 24)  # behind a GUID and an age
+        return None
 
     def forwarder(self, address: int) -> Forwarder:
         """The forwarder whose text is at ``address``: a module without its ending, a dot, a symbol."""

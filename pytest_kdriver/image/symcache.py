@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Final
 
+from pytest_kdriver.errors import ImageError
+from pytest_kdriver.image.pe import read_image
+
 if TYPE_CHECKING:
     from symbolic.debuginfo import Object
 
@@ -108,19 +111,10 @@ def _pdb_paths(image: Path) -> Iterator[Path]:
 
 def _named_pdb(image: Path) -> str | None:
     """The path in the image's CodeView record."""
-    import pefile
-
-    directory = pefile.DIRECTORY_ENTRY["IMAGE_DIRECTORY_ENTRY_DEBUG"]
     try:
-        with pefile.PE(str(image), fast_load=True) as headers:
-            headers.parse_data_directories([directory])
-            for debug in getattr(headers, "DIRECTORY_ENTRY_DEBUG", ()):
-                name = getattr(debug.entry, "PdbFileName", None)
-                if name:
-                    return str(name.rstrip(b"\0").decode("utf-8", "replace"))
-    except (OSError, pefile.PEFormatError, AttributeError, ValueError):
+        return read_image(image).pdb_path()
+    except ImageError:
         return None
-    return None
 
 
 if __name__ == "__main__":
