@@ -7,11 +7,18 @@ from typing import Final, Protocol
 
 from pytest_kdriver.errors import ConfigError
 from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult
+from pytest_kdriver.guest.frames import MAX_BODY
 from pytest_kdriver.ntstatus import NTSTATUS
 
 FILE_DEVICE_UNKNOWN: Final = 0x22
 METHOD_BUFFERED: Final = 0
 FILE_ANY_ACCESS: Final = 0
+
+MAX_INPUT: Final = MAX_BODY - 64
+"""Bytes that fit into one request to the agent, beside the numbers that go with them."""
+
+MAX_OUTPUT: Final = 16 << 20
+"""Bytes that the agent has room for."""
 
 _LARGEST_CODE: Final = 0xFFFF_FFFF
 
@@ -60,8 +67,9 @@ class Device:
 
     Its methods may be called from several threads at once: a thread's ioctl may wait for what another one's
     sets off. ``timeout`` is in seconds, by default the driver's. An error that the driver answers raises
-    ``DeviceError``. I/O that is not over in time is cancelled and raises ``DriverTimeout``; where the driver
-    does not let it be cancelled it is cut short. ``DriverCrashed`` comes from here too.
+    ``DeviceError``; what does not fit into one request is a ``ValueError``. I/O that is not over in time is
+    cancelled and raises ``DriverTimeout``; where the driver does not let it be cancelled it is cut short.
+    ``DriverCrashed`` comes from here too.
     """
 
     def __init__(self, path: str, handle: int, generation: int, perform: Perform) -> None:
@@ -76,7 +84,7 @@ class Device:
 
     def read(self, length: int, *, timeout: float | None = None) -> bytes:
         """Read at most ``length`` bytes."""
-        _check_length("length", length)
+        _check("length", length, MAX_OUTPUT)
         return self._perform(
             self,
             "read",
@@ -87,6 +95,7 @@ class Device:
 
     def write(self, data: bytes, *, timeout: float | None = None) -> int:
         """Write ``data``; how many bytes of it the driver says that it took."""
+        _check("len(data)", len(data), MAX_INPUT)
         taken = 0
 
         def write(agent: Agent, limit: float) -> IoResult:
@@ -107,7 +116,8 @@ class Device:
         """
         if not 0 <= code <= _LARGEST_CODE:
             raise ValueError(f"0x{code:X} is no ioctl's code: it has 32 bits")
-        _check_length("output_size", output_size)
+        _check("len(data)", len(data), MAX_INPUT)
+        _check("output_size", output_size, MAX_OUTPUT)
         return self._perform(
             self,
             "ioctl",
@@ -141,6 +151,6 @@ def nt_path(path: str) -> str:
     )
 
 
-def _check_length(name: str, value: int) -> None:
-    if value < 0:
-        raise ValueError(f"{name} is {value}; it is 0 or more")
+def _check(name: str, value: int, most: int) -> None:
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} is {value}; it is 0 to {most}")

@@ -466,12 +466,14 @@ class Driver:
 
     def _open(self, path: str, timeout: float | None) -> Device:
         self._enter()
+        what = f"open of {path}"
         result = self._device_io(
             "open",
-            f"open of {path}",
+            what,
             lambda agent, limit: agent.open_device(path, time_limit=limit),
             timeout,
         )
+        self._ended(result, "open", what, timeout)
         assert result.device is not None, "it is open"
         device = Device(path, result.device, self._target.generation, self._perform)
         self._devices.append(device)
@@ -491,7 +493,14 @@ class Driver:
             raise DeviceError(
                 f"{what}: {why}", status=NTSTATUS.STATUS_INVALID_HANDLE, **self._told()
             )
-        return self._device_io(phase, what, io, timeout).data
+        result = self._device_io(phase, what, io, timeout)
+        if result.outcome is IoOutcome.CANCELLED and device.closed:
+            raise DeviceError(
+                f"{what}: its handle was closed meanwhile, which cancelled it",
+                status=NTSTATUS.STATUS_CANCELLED,
+                **self._told(),
+            )
+        return self._ended(result, phase, what, timeout).data
 
     def _device_io(
         self,
@@ -514,7 +523,12 @@ class Driver:
             self.abandon()
             raise
         self._raise_crash()
+        return result
+
+    def _ended(self, result: Io, phase: str, what: str, timeout: float | None) -> Io:
+        """The result, if it is a good one."""
         if result.outcome is IoOutcome.CANCELLED:
+            limit = self._timeout if timeout is None else timeout
             raise DriverTimeout(
                 f"{what} was not over after {limit:g} s; it was cancelled, and ended with {result.status}",
                 phase=phase,

@@ -68,6 +68,8 @@ FENCE_TIMEOUT: Final = 30.0
 CUT_TIMEOUT: Final = 5.0
 DEATH_TIMEOUT: Final = 2.0
 FOLDER: Final = "C:\\kdriver"
+"""Each install has a folder of its own in it: what ran may be mapped for a while, and not to be replaced."""
+
 SEND_BUFFER: Final = 4 << 20
 """Bytes of trace that may wait for the pump before a driver has to; the system may allow less."""
 
@@ -122,6 +124,8 @@ class WineTarget:
         self._broken: str | None = None
         self._touched = False
         self._layouts: dict[str, ImageLayout] = {}
+        self._paths: dict[str, str] = {}
+        self._installs = 0
         self._watched: dict[int, _Watch] = {}
 
     @property
@@ -252,7 +256,8 @@ class WineTarget:
         self._layouts[service] = read_layout(image)
         deadline = time.monotonic() + timeout
         agent = self.agent
-        path = f"{FOLDER}\\{service}.sys"
+        self._installs += 1
+        path = self._paths[service] = f"{FOLDER}\\{self._installs}\\{service}.sys"
         key = f"SYSTEM\\CurrentControlSet\\Services\\{service}\\Parameters"
         with self._agent_errors("install"):
             try:
@@ -272,8 +277,8 @@ class WineTarget:
         """See ``Target``."""
         with self._agent_errors("uninstall"):
             self.agent.delete_service(service, timeout=timeout)
-            with suppress(AgentError):  # still mapped where the driver could not be unloaded
-                self.agent.delete(f"{FOLDER}\\{service}.sys", timeout=timeout)
+            with suppress(AgentError):  # still mapped, where the driver has not quite gone
+                self.agent.delete(self._paths[service], timeout=timeout)
 
     def load(self, service: str, timeout: float) -> LoadOutcome:
         """See ``Target``."""

@@ -69,7 +69,7 @@ def unix_pid(handle: TargetHandle, driver: Driver) -> int:
     (pid,) = (
         pid
         for pid in prefix.processes(wine(handle).prefix)
-        if f"kdriver/{driver.service}.sys" in Path(f"/proc/{pid}/maps").read_text()
+        if f"/{driver.service}.sys" in Path(f"/proc/{pid}/maps").read_text()
     )
     return pid
 

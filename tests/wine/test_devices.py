@@ -16,6 +16,7 @@ from pytest_kdriver import (
     TargetHandle,
     ctl_code,
 )
+from pytest_kdriver.device import MAX_INPUT, MAX_OUTPUT
 
 pytestmark = pytest.mark.kdriver("echo", timeout=10)
 
@@ -100,10 +101,16 @@ class TestErrors:
         with kdriver.running(), kdriver.device(PATH) as device:
             with pytest.raises(ValueError, match="it has 32 bits"):
                 device.ioctl(1 << 32)
-            with pytest.raises(ValueError, match="it is 0 or more"):
+            with pytest.raises(ValueError, match="length is -1; it is 0 to 16777216"):
                 device.read(-1)
             with pytest.raises(ValueError, match="output_size is -1"):
                 device.ioctl(ECHO, output_size=-1)
+            with pytest.raises(ValueError, match=r"len\(data\) is 1048576; it is 0 to"):
+                device.write(bytes(1 << 20))
+            most = bytes(MAX_INPUT)
+            assert device.ioctl(ECHO, most, output_size=MAX_OUTPUT) == most
+            assert device.write(most) == 4096  # what echo keeps
+            assert len(device.read(MAX_OUTPUT)) == 4096
 
     def test_codes_are_the_wdk_s(self, kdriver: Driver) -> None:
         assert ctl_code(0x800) == 0x222000
@@ -141,6 +148,27 @@ class TestEnd:
             assert [(use.size, use.count) for use in leaked] == [(300, 2)]
             assert "echo/src/lib.rs:" in str(leaked)
             assert "echo::leak" in str(leaked)
+
+    def test_a_request_that_a_stop_cuts_off_says_so(self, kdriver: Driver) -> None:
+        failures: list[Exception] = []
+        kdriver.start()
+        with kdriver.device(PATH) as device:
+
+            def hang() -> None:
+                try:
+                    device.ioctl(HANG, number(1000))
+                except DeviceError as error:
+                    failures.append(error)
+
+            thread = threading.Thread(target=hang)
+            thread.start()
+            kdriver.dbgprint.wait_for("hanging")
+            kdriver.stop()
+            thread.join()
+        assert [str(error).partition("\n")[0] for error in failures] == [
+            r"echo on wine: ioctl 0x222014 of \??\Echo: its handle was closed meanwhile, "
+            "which cancelled it"
+        ]
 
 
 class TestHang:

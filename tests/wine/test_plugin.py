@@ -697,7 +697,7 @@ class TestVerdict:
                 for maps in Path("/proc").glob("[0-9]*/maps"):
                     try:
                         # what stands in kdriver is the image of the driver under test
-                        if f"kdriver/{driver}.sys" in maps.read_text() and own(maps.parent):
+                        if f"/{driver}.sys" in maps.read_text() and own(maps.parent):
                             os.kill(int(maps.parent.name), signal.SIGKILL)
                     except OSError:
                         pass

@@ -128,7 +128,7 @@ class TestDeath:
         driver = make("hello")
         driver.start()
         window = target.log.window("hello")
-        os.kill(unix_pid(target, "kdriver/hello.sys"), signal.SIGKILL)
+        os.kill(unix_pid(target, "/hello.sys"), signal.SIGKILL)
         found = window.wait_for(lambda _, event: isinstance(event, ProcessDied), 5.0)
         assert found is not None, "not found within 5 s; it should take well below one"
         with pytest.raises(DriverCrashed, match="the process that ran the driver ended"):
