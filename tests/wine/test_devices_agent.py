@@ -12,10 +12,13 @@ import pytest
 
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.driver import Driver
-from pytest_kdriver.errors import AgentError, TargetError
+from pytest_kdriver.errors import AgentError, LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult
+from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.kernel.events import DriverInitCalled
 from pytest_kdriver.ntstatus import NTSTATUS
+from pytest_kdriver.targets import prefix
 from pytest_kdriver.targets.wine import WineTarget
 from tests.wine.c_drivers.build import Linker, Variant, build_probe
 
@@ -325,3 +328,22 @@ class TestTheDriversEnd:
         again = agent.open_device(PATH, time_limit=PATIENCE)
         assert again.status is NTSTATUS.STATUS_OBJECT_NAME_NOT_FOUND
         agent.close_device(device)
+
+
+def test_what_hangs_in_a_driver_does_not_hold_up_the_agents_end(
+    target: WineTarget, driver: Driver, pool: ThreadPoolExecutor
+) -> None:
+    wine = prefix.find_wine()
+    link = ProcessLink(
+        [wine.loader, str(agent_executable())],
+        env=wine.environment(target.prefix, "-all"),
+        cwd=target.prefix,
+    )
+    with Agent.connect(link, timeout=PATIENCE) as agent:
+        device = opened(agent)
+        hanging = [pool.submit(control, agent, device, code) for code in (KEEP, PEND, HANG)]
+        driver.dbgprint.wait_for("probe: hang")
+    assert link.returncode == 0
+    for future in hanging:
+        assert isinstance(future.exception(PATIENCE), LinkError)
+    end_process(target.agent, driver)
