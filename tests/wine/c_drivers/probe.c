@@ -43,10 +43,11 @@ typedef struct {
     ULONG freed; /* 0: kept; 1: ExFreePool; 2: ExFreePoolWithTag */
 } POOL_INPUT;
 
+/* Not from the pool: Wine still writes to a timer when its DPC has returned, so that may not free it. */
 typedef struct {
     KTIMER timer;
     KDPC dpc;
-    PIRP irp;
+    PVOID irp; /* NULL: nobody's */
 } DELAYED_IRP;
 
 typedef struct {
@@ -72,6 +73,7 @@ static KSPIN_LOCK KeptLock;
 static LIST_ENTRY Kept;
 static UCHAR Written[4096];
 static ULONG WrittenLength;
+static DELAYED_IRP Delayed[8];
 static KEVENT Never;
 static NTSTATUS CreateStatus;
 static NPAGED_LOOKASIDE_LIST Lookaside;
@@ -187,24 +189,25 @@ static VOID NTAPI TimerDpc(PKDPC dpc, PVOID context, PVOID unused1, PVOID unused
     UNREFERENCED_PARAMETER(unused1);
     UNREFERENCED_PARAMETER(unused2);
     DbgPrint("probe: timer\n");
-    Complete(delayed->irp, STATUS_SUCCESS, 0);
-    ExFreePoolWithTag(delayed, PROBE_TAG);
+    Complete(InterlockedExchangePointer(&delayed->irp, NULL), STATUS_SUCCESS, 0);
 }
 
 static NTSTATUS Delay(PIRP irp, ULONG milliseconds)
 {
-    DELAYED_IRP *delayed = ExAllocatePoolWithTag(NonPagedPool, sizeof(*delayed), PROBE_TAG);
     LARGE_INTEGER due;
+    ULONG index;
 
-    if (delayed == NULL)
-        return Complete(irp, STATUS_INSUFFICIENT_RESOURCES, 0);
-    delayed->irp = irp;
-    KeInitializeTimer(&delayed->timer);
-    KeInitializeDpc(&delayed->dpc, TimerDpc, delayed);
     due.QuadPart = -10000LL * milliseconds;
-    IoMarkIrpPending(irp);
-    KeSetTimer(&delayed->timer, due, &delayed->dpc);
-    return STATUS_PENDING;
+    for (index = 0; index < RTL_NUMBER_OF(Delayed); ++index) {
+        DELAYED_IRP *delayed = &Delayed[index];
+
+        if (InterlockedCompareExchangePointer(&delayed->irp, irp, NULL) != NULL)
+            continue;
+        IoMarkIrpPending(irp);
+        KeSetTimer(&delayed->timer, due, &delayed->dpc);
+        return STATUS_PENDING;
+    }
+    return Complete(irp, STATUS_INSUFFICIENT_RESOURCES, 0);
 }
 
 static VOID NTAPI Work(PDEVICE_OBJECT device, PVOID context)
@@ -362,12 +365,17 @@ NTSTATUS NTAPI DriverEntry(PDRIVER_OBJECT driver, PUNICODE_STRING registry_path)
 {
     PDEVICE_OBJECT device;
     NTSTATUS status;
+    ULONG index;
 
     UNREFERENCED_PARAMETER(registry_path);
     DbgPrint("probe: %s\n", "entry");
     KeInitializeSpinLock(&KeptLock);
     InitializeListHead(&Kept);
     KeInitializeEvent(&Never, NotificationEvent, FALSE);
+    for (index = 0; index < RTL_NUMBER_OF(Delayed); ++index) {
+        KeInitializeTimer(&Delayed[index].timer);
+        KeInitializeDpc(&Delayed[index].dpc, TimerDpc, &Delayed[index]);
+    }
     driver->DriverUnload = Unload;
     driver->MajorFunction[IRP_MJ_CREATE] = Create;
     driver->MajorFunction[IRP_MJ_CLOSE] = Close;
