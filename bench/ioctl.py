@@ -22,16 +22,19 @@ def measure() -> list[Figure]:
     """Rounds of as many calls each, by turns, so that a busy moment hits both."""
     with wine_target() as target:
         driver = Driver(target, driver_image("echo"), name="echo")
-        with driver.running(), driver.device(DEVICE) as device:
-            with floor_program(find_wine(), target.prefix, "ioctl", DEVICE) as program:
-                for _ in range(WARM_UP):
-                    program.round()
-                    _round(device)
-                values: list[float] = []
-                floors = []
-                for _ in range(ROUNDS):
-                    values += _round(device)
-                    floors.append(program.round() / IOCTLS)
+        with (
+            driver.running(),
+            driver.device(DEVICE) as device,
+            floor_program(find_wine(), target.prefix, "ioctl", DEVICE) as program,
+        ):
+            for _ in range(WARM_UP):
+                program.round()
+                _round(device)
+            values: list[float] = []
+            floors = []
+            for _ in range(ROUNDS):
+                values += _round(device)
+                floors.append(program.round() / IOCTLS)
         driver.finish()
     each = median(values)
     calls = ROUNDS * IOCTLS
