@@ -37,7 +37,7 @@ from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.symbols import Symbols, load_symbols
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
 from pytest_kdriver.kernel.dbgprint import DbgPrint
-from pytest_kdriver.kernel.events import DriverInitCalled
+from pytest_kdriver.kernel.events import DriverInitCalled, DriverUnload
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.pool import Pool, PoolUses
 from pytest_kdriver.kernel.text import kernel_lines
@@ -135,6 +135,7 @@ class Driver:
         self._timeout = timeout
         self._state = _State.UNLOADED
         self._installed_in: int | None = None
+        self._loaded_from = 0
         self._started = False
         self._finished = False
         self._gone = False
@@ -184,7 +185,8 @@ class Driver:
 
     @property
     def loaded(self) -> bool:
-        """Whether the driver is in the guest's kernel, as far as its calls have told."""
+        """Whether the driver is in the guest's kernel, as far as its calls, and the kernel log, have told."""
+        self._notice_unload()
         return self._state is _State.LOADED
 
     @property
@@ -294,6 +296,7 @@ class Driver:
         self._close_device(device)
 
     def _stop_if_loaded(self, timeout: float | None = None) -> None:
+        self._notice_unload()
         if self._state is _State.LOADED:
             self.stop(timeout=timeout)
 
@@ -432,12 +435,14 @@ class Driver:
             or self._state is not _State.LOADED
         ):
             self._state = _State.LOADED if outcome.loaded else _State.UNLOADED
+            self._loaded_from = begin
         self._raise_crash()
         return outcome
 
     def _enter(self) -> None:
         """What each call begins with: no news of a crash, and a guest that can be trusted."""
         self._raise_crash()
+        self._notice_unload()
         self._target.repair()
         if self._installed_in not in (None, self._target.generation):
             self._installed_in = None
@@ -445,6 +450,11 @@ class Driver:
                 self._state = _State.LOST
                 self._gone = True
                 self._pool.give_up()
+
+    def _notice_unload(self) -> None:
+        """Somebody else may have stopped it, as ``sc stop`` in the guest does."""
+        if self._state is _State.LOADED and any(self._window.of(DriverUnload, self._loaded_from)):
+            self._state = _State.UNLOADED
 
     def _install(self, limit: float) -> None:
         if self._installed_in != self._target.generation:
@@ -828,10 +838,15 @@ class TargetHandle:
         directory: str | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> Completed:
-        """Run a program in the guest to its end. Past ``timeout`` seconds it is ended, and told as such."""
+        """Run a program in the guest to its end. Past ``timeout`` seconds it is ended, and told as such.
+
+        What drivers printed meanwhile can be seen when it returns.
+        """
         need(self._target, "programs")
         with asking(self._target, "run") as agent:
-            return agent.run(command, stdin=stdin, directory=directory, time_limit=timeout)
+            done = agent.run(command, stdin=stdin, directory=directory, time_limit=timeout)
+        self._target.fence()
+        return done
 
     def put(self, source: Path | bytes, path: str) -> None:
         """Copy a file, or bytes, to ``path`` in the guest; folders are made."""

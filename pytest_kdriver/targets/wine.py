@@ -442,14 +442,23 @@ class WineTarget:
     def _watch(self, service: str, process: int) -> None:
         """Have the log say so if ``process`` ends by itself while the driver is loaded."""
         log, watched = self.log, self._watched
+        loaded = log.window(service)
         future = self.agent.wait_process(process)
-        watch = watched[process] = _Watch(service, process, future)
+        watched[process] = _Watch(service, process, future)
 
         def ended(future: Future[int]) -> None:
+            # It must not hold the watch, which holds the future that holds it, and so the log's file.
             if not _tells_of_death(future):
                 return
-            if watched.get(process) is not watch or watched.pop(process, None) is not watch:
+            watch = watched.get(process)
+            if (
+                watch is None
+                or watch.future is not future
+                or watched.pop(process, None) is not watch
+            ):
                 return  # expected
+            if future.exception() is None and any(loaded.of(DriverUnload)):
+                return  # somebody else stopped it, as it should be done
             if isinstance(future.exception(), LinkError):
                 told = "the agent is gone, and with it the guest"
                 log.append([KernelMessage(time.monotonic(), service, told)])

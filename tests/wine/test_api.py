@@ -496,6 +496,24 @@ class TestTargetHandle:
         late = kdriver_target.run(["cmd", "/c", "for /l %i in (1,0,2) do @rem"], timeout=0.5)
         assert late.timed_out
 
+    def test_a_driver_may_be_stopped_and_started_by_a_program(
+        self, kdriver_target: TargetHandle
+    ) -> None:
+        with kdriver_target.driver("hello") as driver:
+            driver.start()
+            assert kdriver_target.run(["sc", "stop", "hello"]).exit_code == 0
+            assert driver.dbgprint.lines == HELLO
+            assert not driver.loaded
+            with pytest.raises(StopFailed, match="it is not running"):
+                driver.stop()
+            driver.start()
+            kdriver_target.run(["sc", "stop", "hello"])
+        with kdriver_target.driver("leaks", parameters={"Blocks": 2}) as driver:
+            driver.start()
+            kdriver_target.run(["sc", "stop", "leaks"])
+            with pytest.raises(PoolError, match="2 blocks"):
+                driver.finish()
+
     def test_puts_gets_and_deletes_files(
         self, kdriver_target: TargetHandle, tmp_path: Path
     ) -> None:
