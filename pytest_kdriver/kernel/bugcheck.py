@@ -14,7 +14,7 @@ from pytest_kdriver.kernel.events import (
     ProcessDied,
     UnhandledException,
 )
-from pytest_kdriver.kernel.images import Images
+from pytest_kdriver.kernel.images import Images, has
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.symbolizer import LoadSymbols
 from pytest_kdriver.ntstatus import NTSTATUS
@@ -76,10 +76,12 @@ def locate_crash(crash: Crash, window: Window, driver: str, load_symbols: LoadSy
     That is the first frame at its address in the driver's own source, inlined functions counted; for a
     panic, which bug-checks in the framework, what it printed. ``window`` is one with the load in it.
     """
-    images = Images(window, driver)
-    if crash.address is None or crash.instruction is None or images.find(crash.address) is None:
+    image = Images(window, driver).at(crash.position)
+    if crash.address is None or crash.instruction is None:
         return crash
-    frames = Callers(images, load_symbols).frames(crash.address, crash.instruction)
+    if image is None or not has(image, crash.address):
+        return crash
+    frames = Callers(load_symbols).frames(image, crash.address, crash.instruction)
     place = Caller(tuple(frames))
     where = None if place.own_frames else _panic(crash, window, driver)
     if where is None:

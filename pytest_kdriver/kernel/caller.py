@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Final
 
-from pytest_kdriver.kernel.images import Images
+from pytest_kdriver.kernel.events import ImageLoaded
+from pytest_kdriver.kernel.images import has
 from pytest_kdriver.kernel.symbolizer import LoadSymbols
 
 FRAMEWORK: Final = (
@@ -114,25 +115,23 @@ class Caller:
 
 
 class Callers:
-    """Makes callers of the addresses in a window. ``load_symbols`` None: nothing is known of the source."""
+    """Makes callers of addresses. ``load_symbols`` None: nothing is known of the source."""
 
-    def __init__(self, images: Images, load_symbols: LoadSymbols | None) -> None:
-        self._images = images
+    def __init__(self, load_symbols: LoadSymbols | None) -> None:
         self._load_symbols = load_symbols
-        self._known: dict[tuple[int, ...], Caller] = {}
+        self._known: dict[tuple[ImageLoaded | None, tuple[int, ...]], Caller] = {}
 
-    def caller(self, addresses: tuple[int, ...]) -> Caller:
-        """The caller whose return addresses these are, innermost first."""
-        known = self._known.get(addresses)
+    def caller(self, image: ImageLoaded | None, addresses: tuple[int, ...]) -> Caller:
+        """The caller whose return addresses these are, innermost first, while ``image`` was loaded."""
+        known = self._known.get((image, addresses))
         if known is None:
-            frames = [frame for address in addresses for frame in self.frames(address, address - 1)]
-            known = self._known[addresses] = Caller(tuple(frames))
+            frames = [f for address in addresses for f in self.frames(image, address, address - 1)]
+            known = self._known[image, addresses] = Caller(tuple(frames))
         return known
 
-    def frames(self, address: int, instruction: int) -> Iterator[Frame]:
+    def frames(self, image: ImageLoaded | None, address: int, instruction: int) -> Iterator[Frame]:
         """The frames at ``address``, by the line of the instruction at ``instruction``."""
-        image = self._images.find(address)
-        if image is None:
+        if image is None or not has(image, address):
             yield Frame(address, None, address)
             return
         offset = address - image.base

@@ -10,11 +10,12 @@ from typing import Final, overload
 from pytest_kdriver.kernel.caller import Caller, Callers, Frame
 from pytest_kdriver.kernel.events import (
     DriverInitCalled,
+    ImageLoaded,
     PoolAllocated,
     PoolFreed,
     PoolStack,
 )
-from pytest_kdriver.kernel.images import Images
+from pytest_kdriver.kernel.images import Images, has
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.symbolizer import LoadSymbols
 
@@ -133,9 +134,13 @@ class WrongFree:
 
 @dataclass(slots=True)
 class _Block:
-    """A block, and its stack, innermost frame first; at first that is the allocating call alone."""
+    """A block, and its stack, innermost frame first; at first that is the allocating call alone.
+
+    ``image`` is that of the load that the block was allocated in, and so freed in.
+    """
 
     allocated: PoolAllocated
+    image: ImageLoaded | None
     stack: tuple[int, ...]
 
 
@@ -240,6 +245,7 @@ class Pool:
 
     def _balance(self, start: int | None = None) -> _Balance:
         images = Images(self._window, self._driver)
+        image = images.at(self._window.start if start is None else start)
         live: dict[int, _Block] = {}
         freed: dict[int, _Block] = {}
         balance = _Balance()
@@ -251,12 +257,12 @@ class Pool:
                 if not any(begin < at <= position for at in self._given_up):
                     balance.left.extend(live.values())
                 live, freed, begin = {}, {}, position
-                images.begin(event)
-            elif isinstance(event, PoolAllocated) and images.own(event.caller):
+                image = images.at(position)
+            elif isinstance(event, PoolAllocated) and (image is None or has(image, event.caller)):
                 live.pop(event.address, None)
                 freed.pop(event.address, None)
                 if self._counts(event):
-                    live[event.address] = _Block(event, (event.caller,))
+                    live[event.address] = _Block(event, image, (event.caller,))
                     balance.allocated.append(live[event.address])
             elif isinstance(event, PoolStack):
                 if event.address in live and event.frames:
@@ -275,19 +281,17 @@ class Pool:
     def _counts(self, block: PoolAllocated) -> bool:
         return not self._tags or _tag(block.tag) in self._tags
 
-    def _callers(self) -> Callers:
-        return Callers(Images(self._window, self._driver), self._load_symbols)
-
     def _uses(self, blocks: Iterable[_Block]) -> PoolUses:
-        sizes: dict[tuple[bytes, str, tuple[int, ...]], list[int]] = {}
+        sizes: dict[tuple[bytes, str, ImageLoaded | None, tuple[int, ...]], list[int]] = {}
         for block in blocks:
             allocated = block.allocated
-            alike = (allocated.tag, allocated.pool_type, block.stack)
+            alike = (allocated.tag, allocated.pool_type, block.image, block.stack)
             sizes.setdefault(alike, []).append(allocated.size)
-        callers = self._callers()
+        callers = Callers(self._load_symbols)
         groups: dict[tuple[str, str, Caller], list[int]] = {}
-        for (tag, pool_type, stack), some in sizes.items():
-            groups.setdefault((_tag(tag), pool_type, callers.caller(stack)), []).extend(some)
+        for (tag, pool_type, image, stack), some in sizes.items():
+            caller = callers.caller(image, stack)
+            groups.setdefault((_tag(tag), pool_type, caller), []).extend(some)
         uses = [
             PoolUse(tag, sum(some), len(some), pool_type, caller)
             for (tag, pool_type, caller), some in groups.items()
@@ -297,14 +301,14 @@ class Pool:
     def _wrong_frees(
         self, frees: Iterable[tuple[PoolFreed, _Block]], *, twice: bool
     ) -> tuple[WrongFree, ...]:
-        callers = self._callers()
+        callers = Callers(self._load_symbols)
         return tuple(
             WrongFree(
                 event.address,
                 _tag(event.tag) if event.tag is not None else None,
                 None if twice else _tag(block.allocated.tag),
-                callers.caller((event.caller,)),
-                callers.caller(block.stack),
+                callers.caller(block.image, (event.caller,)),
+                callers.caller(block.image, block.stack),
             )
             for event, block in frees
         )

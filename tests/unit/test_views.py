@@ -292,6 +292,49 @@ def test_the_same_place_in_another_load_is_the_same_caller() -> None:
     assert view.leaked[0].count == 2
 
 
+OVERLAPPING = BASE + 0x800
+"""Where a second load lies that begins in the middle of where the first was."""
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+def test_overlapping_loads_are_told_apart_by_when_they_were(told: bool) -> None:
+    source = Source(SOURCE)
+    second: list[Event] = [
+        DriverInitCalled(0.0, "a", 2, OVERLAPPING),
+        *([ImageLoaded(0.0, "a", OVERLAPPING, 0x1000)] if told else []),
+        allocated(2, caller=OVERLAPPING + 0x400),
+        PoolFreed(0.0, "a", 2, b"Wrng", OVERLAPPING + 0x300, True),
+        allocated(3, caller=OVERLAPPING + 0x400),
+    ]
+    view = pool(allocated(1, caller=BASE + 0x400), *second, source=source)
+    (leak,) = view.leaked
+    assert (leak.count, str(leak.caller)) == (2, f"{OWN}:50 in a::init")
+    (wrong,) = view.wrong_tags
+    assert str(wrong.caller) == f"{OWN}:20 in a::push"
+    assert str(wrong.allocated_by) == f"{OWN}:50 in a::init"
+
+
+def test_one_address_in_two_loads_is_two_places() -> None:
+    view = pool(
+        allocated(1, caller=BASE + 0xC00),
+        DriverInitCalled(0.0, "a", 2, OVERLAPPING),
+        ImageLoaded(0.0, "a", OVERLAPPING, 0x1000),
+        allocated(2, caller=BASE + 0xC00),
+    )
+    assert sorted(str(use.caller) for use in view.leaked) == ["a+0x400", "a+0xC00"]
+
+
+def test_what_is_problematic_of_a_later_start_is_told_by_its_own_load() -> None:
+    log = KernelLog()
+    log.append([DriverInitCalled(0.0, "a", 1, BASE), ImageLoaded(0.0, "a", BASE, 0x1000)])
+    log.append([DriverInitCalled(0.0, "a", 2, OVERLAPPING)])
+    start = len(log)
+    log.append([ImageLoaded(0.0, "a", OVERLAPPING, 0x1000)])
+    log.append([allocated(1, caller=OVERLAPPING + 0xFFF)])
+    view = Pool(log.window("a", 0), driver="a", refuse=lambda _: None)
+    assert "from a+0xFFF" in view.problems(leaks=True, start=start)
+
+
 def test_a_block_with_its_stack_is_shown_by_the_driver_s_own_line_inlined_functions_counted() -> (
     None
 ):
@@ -547,6 +590,19 @@ def test_a_bug_check_is_told_by_the_line_of_the_call_before_its_return_address()
     assert crash_of(check, Source(SOURCE)) == (
         f"bug check 0xE2E2 (0x1, 0x2), at {OWN}:50 in a::init"
     )
+
+
+def test_a_crash_is_told_by_the_load_that_it_was_in() -> None:
+    fault = UnhandledException(0.0, "a", 0xC0000005, OVERLAPPING + 0x3FF, ("write", 0x10))
+    log = KernelLog()
+    for base, events in ((BASE, []), (OVERLAPPING, [fault])):
+        log.append([DriverInitCalled(0.0, "a", 1, base), *events])
+        log.append([ImageLoaded(0.0, "a", base, 0x1000)])
+    window = log.window("a", 0)
+    crash = find_crash(window, "a")
+    assert crash is not None
+    told = locate_crash(crash, window, "a", Source(SOURCE).load).description
+    assert told.endswith(f"at {OWN}:50 in a::init")
 
 
 @pytest.mark.parametrize("source", [Source(SOURCE), Source(problem="there is no a.pdb")])
