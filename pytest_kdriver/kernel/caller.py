@@ -27,6 +27,9 @@ FRAMEWORK: Final = (
 )
 """The crates that the framework for drivers consists of."""
 
+_COMMON_NAMES: Final = ("kernel_device", "kernel_pool", "kernel_text")
+"""Those of them that a crate of the driver's author may be named as well: their folder has to fit too."""
+
 _RUST: Final = ("core", "alloc", "std", "compiler_builtins")
 
 _FOREIGN_CRATE: Final = re.compile(
@@ -37,9 +40,9 @@ _FOREIGN_CRATE: Final = re.compile(
 _FOREIGN_FILE: Final = re.compile(
     r"/rustc/[^/]+/library/"  # as the Rust project's own builds name it
     r"|/rustlib/src/rust/library/|/usr/src/rustc[^/]*/library/"  # where its source is installed
-    r"|/registry/src/|/git/checkouts/"  # of CARGO_HOME
+    r"|/registry/src/[^/]+-[0-9a-f]{16}/|/git/checkouts/[^/]+-[0-9a-f]{16}/[0-9a-f]{7,}/"  # cargo's
     r"|/mingw-w64-crt/|/(?:lib|share)/mingw-w64/|/x86_64-w64-mingw32/|/libgcc/"
-    r"|/(?:" + "|".join(FRAMEWORK) + r")/src/"
+    r"|/windows-kernel-(?:rs|sys)/src/"
 )
 
 
@@ -68,7 +71,12 @@ class Frame:
     def crate(self) -> str | None:
         """The crate of the Rust project, or of the framework, that the function is of; None for others."""
         match = _FOREIGN_CRATE.match(self.function or "")
-        return match[1] if match else None
+        if match is None:
+            return None
+        if match[1] in _COMMON_NAMES and self.file is not None:
+            folder = f"/{match[1].replace('_', '-')}/src/"
+            return match[1] if folder in self.file.replace("\\", "/") else None
+        return match[1]
 
     def __str__(self) -> str:
         if self.in_own_source and self.file is not None:
