@@ -30,41 +30,38 @@ def measure() -> list[Figure]:
             for _ in range(WARM_UP):
                 program.round()
                 _round(device)
-            values: list[float] = []
-            floors = []
+            values, floors = [], []
             for _ in range(ROUNDS):
-                values += _round(device)
+                values.append(_round(device))
                 floors.append(program.round() / IOCTLS)
         driver.finish()
-    each = median(values)
-    calls = ROUNDS * IOCTLS
+    value, floor = median(values), median(floors)
     return [
         Figure(
             name="ioctl",
-            value=each * 1e6,
+            value=value * 1e6,
             unit="us",
-            floor=median(floors) * 1e6,
+            floor=floor * 1e6,
             limit=3,
             limited=Limited.RATIO,
-            note=f"device.ioctl of echo, {len(DATA)} bytes in and out; median of {calls:,}. Floor: "
-            f"DeviceIoControl in a loop in one program of the same prefix, {IOCTLS} at a time, by turns",
+            note=f"device.ioctl of echo, {len(DATA)} bytes in and out; median of {ROUNDS} means of {IOCTLS}. "
+            "Floor: the same of DeviceIoControl in a loop in one program of the same prefix, by turns",
         ),
         Figure(
             name="ioctls per second",
-            value=calls / sum(values),
+            value=1 / value,
             unit="1/s",
-            floor=1 / median(floors),
-            note="the mean, one after the other from one thread; the floor is that of the line above",
+            floor=1 / floor,
+            note="the same, one after the other from one thread",
         ),
     ]
 
 
-def _round(device: Device) -> list[float]:
-    """The seconds of each of as many calls as a round of the floor has."""
-    seconds = []
+def _round(device: Device) -> float:
+    """The mean of as many calls as a round of the floor has, in seconds."""
+    begin = time.perf_counter()
     for _ in range(IOCTLS):
-        begin = time.perf_counter()
         echoed = device.ioctl(ECHO, DATA, output_size=len(DATA))
-        seconds.append(time.perf_counter() - begin)
-        assert echoed == DATA
-    return seconds
+    seconds = time.perf_counter() - begin
+    assert echoed == DATA
+    return seconds / IOCTLS

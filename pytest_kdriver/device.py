@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from pytest_kdriver.errors import ConfigError
-from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult
+from pytest_kdriver.guest.agent import IO_MARGIN, Agent, IoOutcome, IoResult
 from pytest_kdriver.guest.frames import MAX_BODY
 from pytest_kdriver.ntstatus import NTSTATUS
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+"""What is sent to a device: its bytes, whatever its items are."""
 
 FILE_DEVICE_UNKNOWN: Final = 0x22
 METHOD_BUFFERED: Final = 0
@@ -93,9 +96,9 @@ class Device:
             timeout,
         )
 
-    def write(self, data: bytes, *, timeout: float | None = None) -> int:
+    def write(self, data: Buffer, *, timeout: float | None = None) -> int:
         """Write ``data``; how many bytes of it the driver says that it took."""
-        _check("len(data)", len(data), MAX_INPUT)
+        data = _bytes(data)
         taken = 0
 
         def write(agent: Agent, limit: float) -> IoResult:
@@ -108,7 +111,7 @@ class Device:
         return taken
 
     def ioctl(
-        self, code: int, data: bytes = b"", *, output_size: int = 0, timeout: float | None = None
+        self, code: int, data: Buffer = b"", *, output_size: int = 0, timeout: float | None = None
     ) -> bytes:
         """Send an ioctl with ``data`` as its input, and room for ``output_size`` bytes; what came back.
 
@@ -116,7 +119,7 @@ class Device:
         """
         if not 0 <= code <= _LARGEST_CODE:
             raise ValueError(f"0x{code:X} is no ioctl's code: it has 32 bits")
-        _check("len(data)", len(data), MAX_INPUT)
+        data = _bytes(data)
         _check("output_size", output_size, MAX_OUTPUT)
         return self._perform(
             self,
@@ -131,7 +134,7 @@ class Device:
 
 def close(agent: Agent, device: Device, timeout: float) -> IoResult:
     """Close it in the guest; what comes of that, which is never an error of the driver's."""
-    agent.close_device(device.handle, timeout=timeout)
+    agent.close_device(device.handle, timeout=timeout + IO_MARGIN)
     return IoResult(status=NTSTATUS.STATUS_SUCCESS, data=b"", count=0, outcome=IoOutcome.COMPLETED)
 
 
@@ -149,6 +152,11 @@ def nt_path(path: str) -> str:
         f"{path!r} is no device's path: write r'\\\\.\\NAME' for its symbolic link, "
         "or the kernel's name, such as r'\\Device\\NAME'"
     )
+
+
+def _bytes(data: Buffer) -> bytes:
+    _check("the size of data", memoryview(data).nbytes, MAX_INPUT)
+    return bytes(data)
 
 
 def _check(name: str, value: int, most: int) -> None:

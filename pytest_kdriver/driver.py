@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, TypedDict
+from typing import Final, Literal, TypeAlias, TypedDict, TypeVar
 
 from pytest_kdriver.config import DEFAULT_TIMEOUT
 from pytest_kdriver.device import Device, close, nt_path
@@ -51,6 +52,8 @@ from pytest_kdriver.targets.target import (
     Target,
 )
 from pytest_kdriver.win32error import Win32Error
+
+E = TypeVar("E", bound=DriverError)
 
 Leaks: TypeAlias = Literal["forbid", "allow"]
 
@@ -141,6 +144,8 @@ class Driver:
         self._gone = False
         self._devices: list[Device] = []
         self._untold: list[KdriverError] = []
+        self._thread = threading.get_ident()
+        self._told_elsewhere: DriverError | None = None
         self._crash_seen_to = self._judged_to = len(target.log)
         self._window = target.log.window(self.service)
         self._dbgprint = DbgPrint(
@@ -233,7 +238,7 @@ class Driver:
             return  # it went with its guest, which another driver brought down
         if self._state is not _State.LOADED:
             raise StopFailed("it is not running", **self._told())
-        self._close_devices()
+        self._close_devices(timeout)
         limit = self._timeout if timeout is None else timeout
         try:
             code = self._target.unload(self.service, limit)
@@ -527,6 +532,10 @@ class Driver:
         except TargetError:
             self._raise_crash()  # with its guest the driver is gone
             raise
+        except AgentError as error:
+            if phase == "close":
+                self._target.break_down("a device could not be closed")
+            raise DriverError(f"{what}: {error}", **self._told()) from error
         except Exception:
             raise
         except BaseException:
@@ -546,41 +555,58 @@ class Driver:
                 **self._told(),
             )
         if not result.status.is_success:
-            hint = "" if self.loaded else "; the driver is not loaded"
             raise DeviceError(
-                f"{what} failed with {result.status}{hint}",
+                f"{what} failed with {result.status}{self._why_not_there()}",
                 status=result.status,
                 data=_data(result),
                 **self._told(),
             )
         return result
 
-    def _close_device(self, device: Device) -> None:
+    def _why_not_there(self) -> str:
+        if self._target.broken is not None:
+            return f"; {self._target.broken}"
+        return "" if self.loaded else "; the driver is not loaded"
+
+    def _close_device(self, device: Device, timeout: float | None = None) -> None:
         if device.closed:
             return
         device.closed = True
-        self._devices.remove(device)
         if device.generation == self._target.generation and self._state is not _State.LOST:
             self._device_io(
                 "close",
                 f"close of {device.path}",
                 lambda agent, limit: close(agent, device, limit),
-                None,
+                timeout,
             )
 
-    def _close_devices(self) -> None:
+    def _close_devices(self, timeout: float | None = None) -> None:
         """Close the handles that are still open; the first that goes wrong is told."""
         errors = []
         while self._devices:
+            device = self._devices.pop()
             try:
-                self._close_device(self._devices[0])
+                self._close_device(device, timeout)
             except KdriverError as error:
                 errors.append(error)
         raise_first(errors)
 
     def _raise_crash(self) -> None:
+        elsewhere = self._told_elsewhere
+        if elsewhere is not None and threading.get_ident() == self._thread:
+            self._told_elsewhere = None
+            raise elsewhere.with_traceback(None)
         if "crashes" in self._target.capabilities and self._find_crash() is not None:
             raise self._crash_error()
+
+    def _tell(self, error: E) -> E:
+        """``error``, about the end of the driver. What another thread hears, the test's own hears as well.
+
+        A thread's errors are easily lost, and no test may pass by that.
+        """
+        if threading.get_ident() != self._thread:
+            self._told_elsewhere = self._told_elsewhere or error
+        return error
 
     def _untold_crash(self) -> DriverCrashed | None:
         """The crash as an exception, None where the test knows of it already."""
@@ -600,14 +626,16 @@ class Driver:
         self._crash_seen_to = len(self._target.log) + _NEVER
         self._lose(f"{self.service} crashed")
         if crash is None:
-            return DriverCrashed("it crashed", **self._told())
+            return self._tell(DriverCrashed("it crashed", **self._told()))
         crash = locate_crash(crash, self._window, self.service, self._load_symbols)
-        return DriverCrashed(
-            crash.description,
-            code=crash.code,
-            parameters=crash.parameters,
-            address=crash.address,
-            **self._told(),
+        return self._tell(
+            DriverCrashed(
+                crash.description,
+                code=crash.code,
+                parameters=crash.parameters,
+                address=crash.address,
+                **self._told(),
+            )
         )
 
     def _lose(self, reason: str) -> None:
@@ -617,11 +645,13 @@ class Driver:
 
     def _late(self, phase: str, routine: str, limit: float, late: CallTimeout) -> DriverTimeout:
         self._lose(f"{self.service} did not return from {routine}")
-        return DriverTimeout(
-            f"{routine} did not return within {limit:g} s; {late.cut}",
-            phase=phase,
-            timeout=limit,
-            **self._told(),
+        return self._tell(
+            DriverTimeout(
+                f"{routine} did not return within {limit:g} s; {late.cut}",
+                phase=phase,
+                timeout=limit,
+                **self._told(),
+            )
         )
 
     def _slow(self, phase: str, doing: str, limit: float, error: TimeoutError) -> DriverTimeout:

@@ -87,11 +87,14 @@ def examine(start: Path) -> Iterator[Finding]:
         )
         return
     yield Finding(name="config", state=State.OK, detail=f"of {config.root}")
-    yield _cache()
+    cache = _cache()
+    yield cache
     rust = _rust(config)
     yield rust
     if config.manifest is not None and rust.state is State.OK:
         yield _drivers(config.manifest, config.profile)
+    if cache.state is State.MISSING:
+        return  # nothing more can be tried
     yield _leftovers()
     for name in config.vm or ("wine",):
         yield _target(config, name)
@@ -167,7 +170,7 @@ def _rust(config: Config) -> Finding:
 def _agent_is_there() -> bool:
     try:
         agent_executable()
-    except BuildError:
+    except (BuildError, OSError):
         return False
     return True
 
@@ -194,8 +197,7 @@ def _target(config: Config, name: str) -> Finding:
         finally:
             target.close()
     except (KdriverError, OSError) as error:
-        told, _, remedy = str(error).partition("; ")
-        return Finding(name=f"target {name}", state=State.MISSING, detail=told, remedy=remedy)
+        return Finding(name=f"target {name}", state=State.MISSING, detail=str(error))
     return Finding(name=f"target {name}", state=State.OK, detail=detail)
 
 

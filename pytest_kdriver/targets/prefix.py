@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -256,11 +256,22 @@ def _environment(process: Path) -> bytes:
     Where the first thread has ended the process still lives in the others, and only they know it: so ends
     a winedevice.exe that uses libusb when its wineserver dies.
     """
-    for path in (process / "environ", *process.glob("task/*/environ")):
-        with contextlib.suppress(OSError):
+    for path in _environments(process):
+        try:
             if environment := path.read_bytes():
                 return environment
+        except PermissionError:
+            break
+        except OSError:
+            continue
     return b""
+
+
+def _environments(process: Path) -> Iterator[Path]:
+    yield process / "environ"
+    with contextlib.suppress(OSError):
+        if not (process / "exe").exists():  # dead, or the kernel's own
+            yield from process.glob("task/*/environ")
 
 
 def remove(prefix: Path) -> None:

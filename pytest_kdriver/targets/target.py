@@ -84,6 +84,11 @@ class Target(Protocol):
         """Return once the log has all that the kernel said before. Raises ``TargetError``."""
         ...
 
+    @property
+    def broken(self) -> str | None:
+        """Why the guest can't be trusted any more; None where it can."""
+        ...
+
     def break_down(self, reason: str) -> None:
         """Note that the guest can't be trusted any more; ``repair`` will put it back."""
         ...

@@ -201,6 +201,11 @@ class WineTarget:
                 last_to_first.callback(self._log.close)
             self._end_guest()
 
+    @property
+    def broken(self) -> str | None:
+        """See ``Target``."""
+        return self._broken
+
     def break_down(self, reason: str) -> None:
         """See ``Target``."""
         self._broken = self._broken or reason
@@ -333,12 +338,21 @@ class WineTarget:
         self._catch_up()
         if result is None or result.outcome is IoOutcome.STUCK:
             raise CallTimeout(self._cut_device(service))
-        if result.status == _DEVICE_GONE and self._watch_of(service) is not None:
-            # Unless the driver itself said so, the watch will soon know.
-            self.log.window(service, position).wait_for(
-                lambda _, event: is_crash(event, service), DEATH_TIMEOUT
-            )
+        if result.status == _DEVICE_GONE:
+            self._note_death_in_io(service, position)
         return result
+
+    def _note_death_in_io(self, service: str, position: int) -> None:
+        """See to it that the log has the death of the driver's process, if it is that."""
+        watch = self._watch_of(service)
+        if watch is None or find_crash(self.log.window(service, position), service) is not None:
+            return
+        with self._agent_errors("processes"), suppress(TimeoutError):
+            if any(process.pid == watch.process for process in self._guest_agent().processes()):
+                return  # the driver itself said so
+        self.log.window(service, position).wait_for(
+            lambda _, event: is_crash(event, service), DEATH_TIMEOUT
+        )
 
     def _catch_up(self) -> None:
         """Have the log hold what was printed up to now.
@@ -362,7 +376,7 @@ class WineTarget:
         if watch is None:
             self.break_down("a device's I/O hangs")
             return "the guest will be put back"
-        self.break_down("a driver was cut short")
+        self.break_down(f"{service} was cut short")
         with suppress(AgentError, TimeoutError):
             self._guest_agent().terminate(watch.process, timeout=CUT_TIMEOUT)
             watch.future.result(CUT_TIMEOUT)
@@ -414,7 +428,7 @@ class WineTarget:
         if begun is None:
             self.break_down("a service call hangs outside of the driver")
             return "the driver was not reached; the prefix will be made anew"
-        self.break_down("a driver was cut short")
+        self.break_down(f"{begun.driver} was cut short")
         self._watched.pop(begun.process, None)
         with suppress(AgentError, TimeoutError):
             self._guest_agent().terminate(begun.process, timeout=CUT_TIMEOUT)
@@ -451,11 +465,7 @@ class WineTarget:
             if not _tells_of_death(future):
                 return
             watch = watched.get(process)
-            if (
-                watch is None
-                or watch.future is not future
-                or watched.pop(process, None) is not watch
-            ):
+            if watch is None or watch.future is not future:
                 return  # expected
             if future.exception() is None and any(loaded.of(DriverUnload)):
                 return  # somebody else stopped it, as it should be done
@@ -463,6 +473,7 @@ class WineTarget:
                 told = "the agent is gone, and with it the guest"
                 log.append([KernelMessage(time.monotonic(), service, told)])
             log.append([_death(service, process, future)])
+            watched.pop(process, None)
 
         future.add_done_callback(ended)
 

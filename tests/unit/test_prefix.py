@@ -28,17 +28,20 @@ def test_a_process_of_the_prefix_is_found_and_ended(tmp_path: Path, program: str
         env={**os.environ, "WINEPREFIX": str(tmp_path)},
         stdout=subprocess.PIPE,
     ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        if program is WITHOUT_ITS_FIRST_THREAD:
-            status = Path(f"/proc/{process.pid}/status")
-            while "State:\tZ" not in status.read_text():
-                pass
-        assert prefix.processes(tmp_path) == [process.pid]
-        assert prefix.processes(tmp_path / "other") == []
-        prefix.end(tmp_path)
-        assert prefix.processes(tmp_path) == []
-        assert process.wait(30) == -9
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            if program is WITHOUT_ITS_FIRST_THREAD:
+                status = Path(f"/proc/{process.pid}/status")
+                while "State:\tZ" not in status.read_text():
+                    pass
+            assert prefix.processes(tmp_path) == [process.pid]
+            assert prefix.processes(tmp_path / "other") == []
+            prefix.end(tmp_path)
+            assert prefix.processes(tmp_path) == []
+            assert process.wait(30) == -9
+        finally:
+            process.kill()
 
 
 def make_wine(folder: Path, told: str, *, name: str = "wine") -> Path:

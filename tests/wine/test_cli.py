@@ -248,8 +248,10 @@ class TestDoctor:
         )
         done = kdriver("doctor")
         assert done.returncode == 1
-        assert "missing  target other: there is no Wine '/no/such/wine64'" in done.stdout
-        assert "apt-get install wine64 wine" in done.stdout
+        assert (
+            "missing  target other: there is no Wine '/no/such/wine64' that runs; "
+            "on Debian or Ubuntu: apt-get install wine64 wine" in done.stdout
+        )
         assert done.stdout.endswith("target other: missing, see above\n")
 
     def test_of_a_rust_without_its_target_says_how_to_add_it(
@@ -284,14 +286,17 @@ class TestDoctor:
         assert done.returncode == 1
         assert "unknown key 'vmm' (did you mean 'vm'?)" in done.stdout
 
+    @pytest.mark.parametrize("cache", ["/proc/no-cache", "/etc/hostname"])
     def test_of_a_cache_that_cannot_be_made(
-        self, kdriver: Kdriver, monkeypatch: pytest.MonkeyPatch
+        self, kdriver: Kdriver, monkeypatch: pytest.MonkeyPatch, cache: str
     ) -> None:
-        monkeypatch.setenv("KDRIVER_CACHE", "/proc/no-cache")
+        monkeypatch.setenv("KDRIVER_CACHE", cache)
         done = kdriver("doctor")
         assert done.returncode == 1
         assert "missing  cache: " in done.stdout
         assert "set KDRIVER_CACHE" in done.stdout
+        findings = json.loads(kdriver("doctor", "--json").stdout)
+        assert findings[-1]["name"] in ("Rust", "drivers")
 
     def test_for_programs_is_json(self, kdriver: Kdriver) -> None:
         findings = json.loads(kdriver("doctor", "--json").stdout)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,6 +24,9 @@ pytestmark = pytest.mark.kdriver("echo", timeout=10)
 
 PATH = r"\\.\Echo"
 ECHO, COUNT, RESET, FAIL, PRINT, HANG, LEAK, CRASH = (ctl_code(0x800 + n) for n in range(8))
+
+
+FOR_EVER = b"\xff" * 4
 
 
 def number(value: int) -> bytes:
@@ -105,7 +110,7 @@ class TestErrors:
                 device.read(-1)
             with pytest.raises(ValueError, match="output_size is -1"):
                 device.ioctl(ECHO, output_size=-1)
-            with pytest.raises(ValueError, match=r"len\(data\) is 1048576; it is 0 to"):
+            with pytest.raises(ValueError, match="the size of data is 1048576; it is 0 to"):
                 device.write(bytes(1 << 20))
             most = bytes(MAX_INPUT)
             assert device.ioctl(ECHO, most, output_size=MAX_OUTPUT) == most
@@ -118,8 +123,35 @@ class TestErrors:
         with pytest.raises(ValueError, match="function is 0x1000; it is below 0x1000"):
             ctl_code(0x1000)
 
+    def test_a_status_that_a_dead_driver_s_device_has_is_no_death(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device:
+            begin = time.monotonic()
+            with pytest.raises(DeviceError, match="STATUS_FILE_DELETED"):
+                device.ioctl(FAIL, number(NTSTATUS.STATUS_FILE_DELETED))
+            assert time.monotonic() - begin < 1, "it waits for no death"
+            assert device.ioctl(ECHO, b"alive", output_size=5) == b"alive"
+
+    def test_data_is_bytes_whatever_its_items_are(self, kdriver: Driver) -> None:
+        words = memoryview(bytes(range(16))).cast("I")
+        with kdriver.running(), kdriver.device(PATH) as device:
+            assert device.ioctl(ECHO, words, output_size=16) == bytes(range(16))
+            assert device.write(bytearray(b"array")) == 5
+            with pytest.raises(TypeError):
+                device.write("text")  # type: ignore[arg-type]
+
 
 class TestEnd:
+    def test_a_stop_waits_as_long_as_it_is_told_for_what_is_going_on(
+        self, kdriver_target: TargetHandle
+    ) -> None:
+        with kdriver_target.driver("echo", timeout=1) as echo, ThreadPoolExecutor() as others:
+            echo.start()
+            with echo.device(PATH) as device:
+                others.submit(device.ioctl, HANG, number(1500), timeout=10)
+                echo.dbgprint.wait_for("hanging")
+                echo.stop(timeout=10)
+            assert echo.dbgprint.lines == ["hanging", "done"]
+
     def test_handles_that_are_open_are_closed_before_a_stop(self, kdriver: Driver) -> None:
         kdriver.start()
         with kdriver.device(PATH) as device, kdriver.device(PATH):
@@ -176,7 +208,7 @@ class TestHang:
         with kdriver.running():
             with kdriver.device(PATH) as device:
                 with pytest.raises(DriverTimeout, match="ioctl 0x222014 .* within 0.3 s") as late:
-                    device.ioctl(HANG, number(0xFFFFFFFF), timeout=0.3)
+                    device.ioctl(HANG, FOR_EVER, timeout=0.3)
                 assert (late.value.phase, late.value.timeout) == ("ioctl", 0.3)
                 assert "echo: hanging" in late.value.lines[-1]
             assert kdriver.lost
@@ -207,6 +239,44 @@ class TestHang:
             for thread in threads:
                 thread.join()
         assert failures == []
+
+
+class TestThreads:
+    """What becomes of a driver in another thread than the test's own."""
+
+    def test_a_crash_there_is_told_to_the_test_as_well(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device, ThreadPoolExecutor() as others:
+            assert isinstance(
+                others.submit(device.ioctl, CRASH, number(1)).exception(), DriverCrashed
+            )
+            with pytest.raises(DriverCrashed, match="page fault"):
+                kdriver.stop()
+
+    def test_a_hang_there_is_told_to_the_test_as_well(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device, ThreadPoolExecutor() as others:
+            hang = others.submit(device.ioctl, HANG, FOR_EVER, timeout=0.2)
+            assert isinstance(hang.exception(), DriverTimeout)
+            with pytest.raises(DriverTimeout, match=r"ioctl 0x222014 of .* did not return"):
+                kdriver.stop()
+
+    def test_what_nobody_asks_for_fails_the_test(self, kdriver_target: TargetHandle) -> None:
+        with (
+            pytest.raises(DriverCrashed),
+            kdriver_target.driver("echo") as echo,
+            echo.running(),
+            echo.device(PATH) as device,
+            ThreadPoolExecutor() as others,
+        ):
+            others.submit(device.ioctl, CRASH, number(2))
+
+    def test_who_waits_behind_what_is_cut_short_is_told_by_what(self, kdriver: Driver) -> None:
+        with kdriver.running(), kdriver.device(PATH) as device, ThreadPoolExecutor() as others:
+            slow = others.submit(device.ioctl, HANG, FOR_EVER)
+            kdriver.dbgprint.wait_for("hanging")
+            with pytest.raises(DriverTimeout, match=r"ioctl 0x222000 of .* did not return"):
+                device.ioctl(ECHO, timeout=0.2)
+            told = str(slow.exception()).partition("\n")[0]
+            assert told.endswith("failed with STATUS_FILE_DELETED (0xC0000123); echo was cut short")
 
 
 class TestCrash:
