@@ -720,9 +720,11 @@ def asking(target: Target, what: str) -> Iterator[Agent]:
     """The target's agent, for something that is no driver's. A lost or slow one is a ``TargetError``."""
     if target.agent.closed:
         target.repair()
+    agent = target.agent
     try:
-        yield target.agent
+        yield agent
     except LinkError as error:
+        agent.close()  # a send may fail before the end is read, and the next to ask has to know
         target.break_down("its agent is gone")
         raise TargetError(f"{what}: {error}", target=target.name) from error
     except TimeoutError as error:
