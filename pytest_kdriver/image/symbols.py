@@ -11,8 +11,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol, cast
+from typing import Final, Protocol, TypeAlias, cast
 
+from pytest_kdriver.image.pdb import pdb_candidates
+from pytest_kdriver.image.symcache import NO_SYMBOLS
 from pytest_kdriver.source_frame import SourceFrame
 
 READ_TIMEOUT: Final = 60.0
@@ -57,13 +59,30 @@ def load_symbols(image: Path) -> Symbols:
     The PDB is looked for beside the image, by the image's name and by the name that the image gives it, and
     at the path that the image gives; one of another build is not used. Raises nothing: what is missing, or
     broken, leaves the symbols without an answer, and ``problem`` says so. Those of the last few images are
-    kept for as long as the files stay the same.
+    kept for as long as all these files stay the same; what failed for another reason is tried again.
     """
-    return _load(image, _stamp(image), _stamp(image.with_suffix(".pdb")))
+    stamp = _stamp(image)
+    try:
+        return _load(image, stamp, *map(_stamp, _pdb_candidates(image, stamp)))
+    except _NotRead as reason:
+        return Symbols(str(reason))
+
+
+_Stamp: TypeAlias = tuple[int, int] | None
+"""What changes when a file does; None where there is none."""
+
+
+class _NotRead(Exception):
+    """Why the reader did not come to an end, as a sentence. It says nothing about the files."""
 
 
 @functools.lru_cache(maxsize=16)
-def _load(image: Path, *_stamps: tuple[int, int] | None) -> Symbols:
+def _pdb_candidates(image: Path, _stamp: _Stamp) -> tuple[Path, ...]:
+    return pdb_candidates(image)
+
+
+@functools.lru_cache(maxsize=16)
+def _load(image: Path, *_stamps: _Stamp) -> Symbols:
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", f"{__package__}.symcache", image],
@@ -73,27 +92,33 @@ def _load(image: Path, *_stamps: tuple[int, int] | None) -> Symbols:
             check=False,
         )
     except OSError as error:
-        return Symbols(f"{sys.executable}, which reads the symbols, does not run: {error.strerror}")
-    except subprocess.TimeoutExpired:
-        return Symbols(
-            f"the debug information of {image} took more than {READ_TIMEOUT:g} s to read"
-        )
+        reason = f"{sys.executable}, which reads the symbols, does not run: {error.strerror}"
+        raise _NotRead(reason) from error
+    except subprocess.TimeoutExpired as error:
+        reason = f"the debug information of {image} took more than {READ_TIMEOUT:g} s to read"
+        raise _NotRead(reason) from error
     if done.returncode < 0:
         told = f"it brought its reader down (signal {-done.returncode})"
         return Symbols(f"the debug information of {image} is broken: {told}")
+    said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    if done.returncode == NO_SYMBOLS:
+        return Symbols(said)
     if done.returncode:
-        return Symbols(done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2])
+        _, _, told = said.partition(": ")  # behind the exception's name
+        return Symbols(
+            f"the debug information of {image} can't be read: its reader failed"
+            + (f": {told}" if told else "")
+        )
     from symbolic.symcache import SymCache
 
     table = SymCache.from_bytes(done.stdout)  # type: ignore[no-untyped-call]
     return Symbols(None, cast("_Table", table))
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """What changes when a file does; None where there is none."""
+def _stamp(path: Path) -> _Stamp:
     try:
         state = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a path that can't be one
         return None
     return state.st_mtime_ns, state.st_size
 

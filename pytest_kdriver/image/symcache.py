@@ -2,7 +2,7 @@
 
 A program, and not a function, since a broken PDB can end the process that reads it: Sentry's ``symbolic``,
 which does, follows whatever circles are in there until its stack is full. It writes the look-up table, a
-symcache, to its stdout. Where there is none it writes the reason to its stderr, and exits with 1.
+symcache, to its stdout. Where there is none it writes the reason to its stderr, and exits with 3.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pytest_kdriver.errors import ImageError
-from pytest_kdriver.image.pe import read_image
+from pytest_kdriver.image.pdb import pdb_candidates
 
 if TYPE_CHECKING:
     from symbolic.debuginfo import Object
 
 MEMORY: Final = 8 << 30
-"""Bytes of address space that reading may take; the files are mapped."""
+"""Bytes of address space that reading may take, where it is not allowed less; the files are mapped."""
+
+NO_SYMBOLS: Final = 3
+"""The exit code that goes with a reason; Python's own, of a program that fails, is 1."""
 
 
 class _NoSymbols(Exception):
@@ -30,18 +31,25 @@ class _NoSymbols(Exception):
 
 def main() -> int:
     """Read the image that the command line names; the exit code."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    image = Path(os.fsdecode(sys.argv[1]))
+    _limit_memory()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     output = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # symbolic prints what astonishes it
     try:
-        symcache = _symcache(Path(os.fsdecode(sys.argv[1])))
+        symcache = _symcache(image)
     except _NoSymbols as reason:
         print(reason, file=sys.stderr)
-        return 1
+        return NO_SYMBOLS
     with open(output, "wb") as stdout:  # noqa: PTH123 -- a descriptor
         stdout.write(symcache)
     return 0
+
+
+def _limit_memory() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY if most == resource.RLIM_INFINITY else min(MEMORY, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _symcache(image: Path) -> bytes:
@@ -57,6 +65,10 @@ def _symcache(image: Path) -> bytes:
         raise _NoSymbols(
             f"the debug information of {image} is broken: {_one_line(error)}"
         ) from error
+    except MemoryError as error:
+        raise _NoSymbols(
+            f"the debug information of {image} needs more memory than there is to read"
+        ) from error
 
 
 def _debug_information(image: Path) -> Object:
@@ -64,8 +76,8 @@ def _debug_information(image: Path) -> Object:
     driver = _open(image)
     if "debug" in driver.features:
         return driver
-    candidates = list(dict.fromkeys(_pdb_paths(image)))
-    found = [path for path in candidates if path.is_file()]
+    candidates = pdb_candidates(image)
+    found = [path for path in candidates if os.path.isfile(path)]  # noqa: PTH113 -- raises nothing
     if not found:
         raise _NoSymbols(
             f"{image.name} has no debug information, and there is no {candidates[0]}: "
@@ -98,23 +110,6 @@ def _one_line(error: Exception) -> str:
     """What symbolic says, which puts each cause on a line of its own, and some twice."""
     causes = [line.strip().removeprefix("caused by: ") for line in str(error).splitlines()]
     return ": ".join(dict.fromkeys(causes))
-
-
-def _pdb_paths(image: Path) -> Iterator[Path]:
-    yield image.with_suffix(".pdb")
-    named = _named_pdb(image)
-    if named:
-        yield image.with_name(PureWindowsPath(named).name)
-        if Path(named).is_absolute():
-            yield Path(named)
-
-
-def _named_pdb(image: Path) -> str | None:
-    """The path in the image's CodeView record."""
-    try:
-        return read_image(image).pdb_path()
-    except ImageError:
-        return None
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from pytest_kdriver.image import symbols
 from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.image.pe import read_layout
 from pytest_kdriver.image.symbols import Symbols, load_symbols
@@ -167,7 +169,7 @@ def test_the_pdb_may_have_the_name_that_the_image_gives_it(image: Path) -> None:
 
 
 def test_the_pdb_may_be_where_it_was_built(build: Build, image: Path) -> None:
-    build.named_pdb.parent.mkdir()
+    build.named_pdb.parent.mkdir(exist_ok=True)
     image.with_suffix(".pdb").rename(build.named_pdb)
     assert load_symbols(image).problem is None
     build.named_pdb.unlink()
@@ -198,6 +200,61 @@ def test_symbols_are_those_of_the_files_as_they_are_now(image: Path) -> None:
     assert load_symbols(image).problem is not None
     hidden.rename(pdb)
     assert load_symbols(image).problem is None
+
+
+def test_symbols_are_those_of_every_file_that_may_be_the_pdb(build: Build, image: Path) -> None:
+    pdb = image.with_suffix(".pdb")
+    hidden = pdb.rename(pdb.with_suffix(".later"))
+    build.named_pdb.parent.mkdir(exist_ok=True)
+    for place in (image.with_name("named.pdb"), build.named_pdb):
+        assert load_symbols(image).problem is not None
+        hidden.rename(place)
+        assert load_symbols(image).problem is None
+        place.rename(hidden)
+
+
+def test_a_reader_that_did_not_run_or_took_too_long_is_tried_again(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", "/no/such/python")
+        assert "does not run: No such file" in str(load_symbols(image).problem)
+    with monkeypatch.context() as slow:
+        slow.setattr(symbols, "READ_TIMEOUT", 0.001)
+        assert "mine.sys took more than 0.001 s to read" in str(load_symbols(image).problem)
+    assert load_symbols(image).problem is None
+
+
+def test_less_memory_than_the_reader_asks_for_will_do(image: Path) -> None:
+    code = (
+        "import pathlib, sys; from pytest_kdriver.image.symbols import load_symbols; "
+        "print(load_symbols(pathlib.Path(sys.argv[1])).problem)"
+    )
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -v 4000000; exec "$@"', "sh", sys.executable, "-c", code, image],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "None\n"
+
+
+def test_a_reader_that_fails_is_told_by_the_image_and_no_exception(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "symbolic.py").write_text("raise ValueError('what it can not do')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert load_symbols(image).problem == (
+        f"the debug information of {image} can't be read: its reader failed: what it can not do"
+    )
+
+
+def test_a_pdb_s_path_that_names_no_file_does_no_harm(build: Build, image: Path) -> None:
+    content, name = image.read_bytes(), str(build.named_pdb).encode()
+    assert name in content
+    image.write_bytes(content.replace(name, b"C:\\".ljust(len(name), b"\0")))
+    image.with_suffix(".pdb").unlink()
+    assert "mine.sys has no debug information" in str(load_symbols(image).problem)
 
 
 @pytest.mark.parametrize(
