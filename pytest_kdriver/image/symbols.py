@@ -7,8 +7,10 @@ mingw's gcc has it. Both are read by Sentry's ``symbolic``, inlined functions in
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias, cast
@@ -20,6 +22,9 @@ from pytest_kdriver.source_frame import SourceFrame
 READ_TIMEOUT: Final = 60.0
 """Seconds for reading the debug information; a PDB of 2 MB takes a fifth of one."""
 
+_BRACKET: Final = re.compile(r"->|[<>(]")
+"""What encloses types in a name, and an arrow, which does not."""
+
 
 class _Location(Protocol):
     symbol: str
@@ -30,7 +35,7 @@ class _Location(Protocol):
 class _Table(Protocol):
     """What is used of ``symbolic.symcache.SymCache``, which has no types."""
 
-    def lookup(self, addr: int, /) -> list[_Location]: ...
+    def lookup(self, addr: int, /) -> Sequence[_Location]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +131,8 @@ def _stamp(path: Path) -> _Stamp:
 def _name(symbol: str) -> str:
     """A function's name without its parameters, which a PDB's have."""
     depth = 0
-    for at, character in enumerate(symbol):
-        if character == "(" and not depth and at:
-            return symbol[:at]
-        depth += {"<": 1, ">": -1}.get(character, 0)
+    for match in _BRACKET.finditer(symbol, 1):
+        if match[0] == "(" and not depth:
+            return symbol[: match.start()]
+        depth += {"<": 1, ">": -1}.get(match[0], 0)
     return symbol

@@ -104,6 +104,23 @@ def image(build: Build, tmp_path: Path) -> Path:
     return Path(shutil.copy(build.image, tmp_path))
 
 
+@dataclass
+class Location:
+    symbol: str
+    full_path: str | None = "a.c"
+    line: int = 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """A look-up table whose every address is in one function."""
+
+    symbol: str
+
+    def lookup(self, _: int, /) -> list[Location]:
+        return [Location(self.symbol)]
+
+
 def line_of(text: str) -> int:
     (number,) = (n for n, line in enumerate(SOURCE.splitlines(), 1) if text in line)
     return number
@@ -155,6 +172,22 @@ def test_dwarf_in_the_image_is_known_too(tmp_path: Path) -> None:
     file = str(tmp_path / "c.c")
     assert symbols.locate(read_layout(image).entry) == (SourceFrame("DriverEntry", file, 8),)
     assert (SourceFrame("inner", file, 1), SourceFrame("outer", file, 4)) in located(symbols, image)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "name"),
+    [
+        ("mine::outer", "mine::outer"),
+        ("Pool::grow(unsigned int)", "Pool::grow"),
+        ("(anonymous namespace)::grow(int)", "(anonymous namespace)::grow"),
+        ("call<void (*)(int)>(int)", "call<void (*)(int)>"),
+        ("call_once<fn() -> u32, ()>", "call_once<fn() -> u32, ()>"),
+        ("call_once<fn() -> u32, ()>(int)", "call_once<fn() -> u32, ()>"),
+        ("Pool::operator->()", "Pool::operator->"),
+    ],
+)
+def test_a_name_is_cut_at_its_parameters(symbol: str, name: str) -> None:
+    assert Symbols(None, Table(symbol)).locate(0) == (SourceFrame(name, "a.c", 1),)
 
 
 def test_what_is_no_code_is_not_known(image: Path) -> None:
