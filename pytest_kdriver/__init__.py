@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pytest_kdriver.device import Device, ctl_code
-    from pytest_kdriver.driver import CycleResult, Driver, ServiceState, TargetHandle
+    from pytest_kdriver.driver import CycleResult, Driver, ServiceState
     from pytest_kdriver.errors import (
         AgentError,
         AgentProtocolError,
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
         TargetError,
         UnloadRefused,
     )
+    from pytest_kdriver.handle import TargetHandle
     from pytest_kdriver.kernel.pool import Caller, Frame, PoolUse, PoolUses, WrongFree
     from pytest_kdriver.ntstatus import NTSTATUS
     from pytest_kdriver.win32error import Win32Error
 
 _HOME = {
     "device": ("Device", "ctl_code"),
-    "driver": ("CycleResult", "Driver", "ServiceState", "TargetHandle"),
+    "driver": ("CycleResult", "Driver", "ServiceState"),
     "errors": (
         "AgentError",
         "AgentProtocolError",
@@ -63,6 +64,7 @@ _HOME = {
         "TargetError",
         "UnloadRefused",
     ),
+    "handle": ("TargetHandle",),
     "kernel.pool": ("Caller", "Frame", "PoolUse", "PoolUses", "WrongFree"),
     "ntstatus": ("NTSTATUS",),
     "win32error": ("Win32Error",),

@@ -16,8 +16,9 @@ import pytest
 
 if TYPE_CHECKING:
     from pytest_kdriver.config import Isolation
-    from pytest_kdriver.driver import Driver, TargetHandle
+    from pytest_kdriver.driver import Driver
     from pytest_kdriver.errors import KdriverError
+    from pytest_kdriver.handle import TargetHandle
     from pytest_kdriver.marker import DriverMark
     from pytest_kdriver.session import Session
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pytest_kdriver.config import Config, Isolation, TargetConfig
-from pytest_kdriver.driver import CurrentTest, TargetHandle
 from pytest_kdriver.errors import BuildError, ConfigError, TargetError
+from pytest_kdriver.handle import CurrentTest, TargetHandle
 from pytest_kdriver.image.finder import ImageFinder
 from pytest_kdriver.targets.target import Target
 from pytest_kdriver.targets.wine import WineTarget

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pytest_kdriver.config import TargetConfig
-from pytest_kdriver.driver import TargetHandle
+from pytest_kdriver.handle import TargetHandle
 from pytest_kdriver.image.finder import ImageFinder
 from pytest_kdriver.targets import prefix
 from pytest_kdriver.targets.wine import WineTarget

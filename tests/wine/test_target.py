@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pytest_kdriver.config import TargetConfig
-from pytest_kdriver.driver import Driver, TargetHandle
+from pytest_kdriver.driver import Driver
 from pytest_kdriver.errors import (
     AgentError,
     DriverCrashed,
@@ -20,6 +20,7 @@ from pytest_kdriver.errors import (
     TargetError,
     UnloadRefused,
 )
+from pytest_kdriver.handle import TargetHandle
 from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.image.finder import ImageFinder
 from pytest_kdriver.kernel.events import DebugPrint, KernelMessage, ProcessDied
