@@ -17,6 +17,7 @@ from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.image.pe import read_layout
 from pytest_kdriver.image.symbols import Symbols, load_symbols
 from pytest_kdriver.source_frame import SourceFrame
+from tests.wine.c_drivers.build import compiler
 
 MANIFEST = """
 [package]
@@ -60,8 +61,6 @@ int __stdcall DriverEntry(volatile int *object, void *path)
     return outer(object) + 1;
 }
 """
-
-MINGW = shutil.which("x86_64-w64-mingw32-gcc")
 
 
 @dataclass(frozen=True)
@@ -153,15 +152,12 @@ def test_inlined_functions_come_first(image: Path) -> None:
         assert frames[-1].line == line_of("    inner(object);")
 
 
-@pytest.mark.skipif(
-    MINGW is None, reason="needs mingw's C compiler: apt-get install gcc-mingw-w64-x86-64"
-)
 def test_dwarf_in_the_image_is_known_too(tmp_path: Path) -> None:
     image = tmp_path / "c driver.sys"
     (tmp_path / "c.c").write_text(C_SOURCE)
     subprocess.run(
         [
-            *(str(MINGW), "-g", "-O1", "-o", image, "c.c", "-shared", "-nostdlib"),
+            *(compiler(), "-g", "-O1", "-o", image, "c.c", "-shared", "-nostdlib"),
             *("-Wl,--subsystem,native", "-Wl,--entry,DriverEntry"),
         ],
         cwd=tmp_path,

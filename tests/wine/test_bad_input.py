@@ -12,6 +12,7 @@ import pytest
 
 from pytest_kdriver import toolchain
 from pytest_kdriver.image.cargo import Cargo
+from tests.wine.c_drivers.build import compiler
 
 Run = Callable[..., pytest.RunResult]
 
@@ -93,8 +94,8 @@ def test_a_dll_for_programs(project: pytest.Pytester, run: Run) -> None:
     source.write_text(
         '#include <stdio.h>\n__declspec(dllexport) int f(void) { return puts("f"); }\n'
     )
-    compiler = ["x86_64-w64-mingw32-gcc", "-shared", "-o", "library.dll", "library.c"]
-    subprocess.run(compiler, cwd=project.path, check=True)
+    command = [compiler(), "-shared", "-o", "library.dll", "library.c"]
+    subprocess.run(command, cwd=project.path, check=True)
     project.makepyfile(LOADS.format(name="library.dll"))
     told(
         run("--kdriver-vm", "wine"),

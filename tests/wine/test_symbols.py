@@ -11,11 +11,11 @@ import pytest
 
 from pytest_kdriver import Driver, DriverCrashed, PoolError, TargetHandle
 from pytest_kdriver.image.cargo import Cargo
+from tests.wine.c_drivers.build import compiler
 
 DRIVERS = Path(__file__).parents[2] / "drivers"
 LEAKS = DRIVERS / "leaks" / "src" / "lib.rs"
 PANICS = DRIVERS / "panics" / "src" / "lib.rs"
-MINGW = shutil.which("x86_64-w64-mingw32-gcc")
 
 C_DRIVER = """\
 #include <ddk/wdm.h>
@@ -113,17 +113,14 @@ def test_a_panic_names_its_own_line(kdriver_target: TargetHandle) -> None:
             driver.stop()
 
 
-@pytest.mark.skipif(
-    MINGW is None, reason="needs mingw's C compiler: apt-get install gcc-mingw-w64-x86-64"
-)
 def test_a_c_driver_s_leaks_and_faults_have_lines_too(
     kdriver_target: TargetHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("leaky.c").write_text(C_DRIVER)
-    compiler = [str(MINGW), "-g", "-O2", "-I/usr/share/mingw-w64/include/ddk", "-o", "leaky.sys"]
+    command = [compiler(), "-g", "-O2", "-I/usr/share/mingw-w64/include/ddk", "-o", "leaky.sys"]
     linker = ["-Wl,--subsystem,native", "-Wl,--entry,DriverEntry", "-lntoskrnl"]
-    subprocess.run([*compiler, "leaky.c", "-shared", "-nostdlib", *linker], check=True)
+    subprocess.run([*command, "leaky.c", "-shared", "-nostdlib", *linker], check=True)
     (allocating,) = lines_with("return ExAllocate", C_DRIVER)
     with kdriver_target.driver(str(tmp_path / "leaky.sys"), leaks="allow") as driver:
         driver.start()

@@ -39,12 +39,24 @@ class Variant:
         return f"{self.linker.value}-{'relocatable' if self.relocations else 'fixed'}{base}"
 
 
+def compiler() -> str:
+    """mingw's gcc. Fails the test where that is not here."""
+    gcc = shutil.which(COMPILER)
+    if gcc is None:
+        pytest.fail(
+            f"{COMPILER} is not here, so no C driver can be built: "
+            "apt-get install gcc-mingw-w64-x86-64, or run make setup-tests",
+            pytrace=False,
+        )
+    return gcc
+
+
 def build_probe(variant: Variant, folder: Path) -> Path:
     """``probe.sys`` in a folder of its own below ``folder``. Fails the test where a tool is missing."""
     place = folder / str(variant)
     place.mkdir()
     compiled, image = place / "probe.o", place / "probe.sys"
-    gcc = _compiler()
+    gcc = compiler()
     _run(
         gcc,
         *("-Wall", "-Wextra", "-Werror", "-O1", "-g", "-ffreestanding", "-fno-stack-protector"),
@@ -59,17 +71,6 @@ def build_probe(variant: Variant, folder: Path) -> Path:
     libraries = ["-L", str(_library_of(gcc).parent), "-lntoskrnl"]
     _run(*_linker(variant.linker, gcc), *options, str(compiled), *libraries)
     return image
-
-
-def _compiler() -> str:
-    gcc = shutil.which(COMPILER)
-    if gcc is None:
-        pytest.fail(
-            f"{COMPILER} is not here, so no C driver can be built: "
-            "apt-get install gcc-mingw-w64-x86-64, or run make setup",
-            pytrace=False,
-        )
-    return gcc
 
 
 def _linker(linker: Linker, gcc: str) -> list[str]:
