@@ -7,7 +7,7 @@ import re
 import struct
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -38,12 +38,12 @@ class Availability(Enum):
     MISSING = "missing"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KernelExports:
     """The kernel whose Windows folder (``drive_c/windows`` in a Wine prefix) is ``windows``.
 
-    ``name`` is the kernel's, for messages. Nothing is kept but what the files say, so modules that were
-    put there meanwhile are seen; a file is read once, and again when it changes.
+    ``name`` is the kernel's, for messages. Which modules there are is looked up once, so one of these is
+    for one image; a file is read once by all of them, and again when it changes.
     """
 
     windows: Path
@@ -54,13 +54,22 @@ class KernelExports:
 
         Names have no case in Windows, and one without an ending means a .dll.
         """
-        wanted = name.lower() if "." in name else f"{name.lower()}.dll"
+        wanted = _file_name(name)
+        file = self._files.get(wanted)
+        return None if file is None else KernelModule(self, wanted, *_read(file))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file for the module ``name``, whatever is in it."""
+        return _file_name(name) in self._files
+
+    @cached_property
+    def _files(self) -> dict[str, Path]:
+        """The file of each name, in lower case; in the order of ``_FOLDERS``, the first is the one."""
+        files: dict[str, Path] = {}
         for folder in _FOLDERS:
             for entry in _entries(self.windows / folder):
-                if entry.lower() == wanted:
-                    image, exports = _read(self.windows / folder / entry)
-                    return KernelModule(self, wanted, image, exports)
-        return None
+                files.setdefault(entry.lower(), self.windows / folder / entry)
+        return files
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +109,13 @@ class KernelModule:
             return False
 
 
+def _file_name(module: str) -> str:
+    return module.lower() if "." in module else f"{module.lower()}.dll"
+
+
 def _entries(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder)  # noqa: PTH208 -- hundreds of names, for each module
+        return os.listdir(folder)  # noqa: PTH208 -- a thousand names, and no paths
     except OSError:
         return []
 

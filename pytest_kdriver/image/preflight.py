@@ -46,6 +46,12 @@ _USER_MODE: Final = re.compile(
 )
 """Modules that live in processes. Kernel modules that end in .dll too are hal, bootvid, ci and the like."""
 
+_MAKES_A_PROGRAM: Final = re.compile(r"(kernel32|ntdll)\.dll", re.IGNORECASE)
+"""What Wine takes an image that imports it for no driver by (``is_dll_native_subsystem``)."""
+
+_API_SET: Final = re.compile(r"api-ms-win-.*", re.IGNORECASE)
+"""Names that the loader has other modules for; there need be no such file."""
+
 
 class Severity(Enum):
     """An error: the load, or the driver's first step, will fail. A warning: it may."""
@@ -236,8 +242,15 @@ class _Check:
             yield Finding(Severity.ERROR, "imports", f"{error}: link it again")
             return
         user_mode = [found.module for found in imports if _USER_MODE.fullmatch(found.module)]
-        if user_mode:
-            yield self._error("user-mode", self._from_user_mode(user_mode))
+        refused = [module for module in user_mode if self._refuses(module)]
+        loaded = [module for module in user_mode if module not in refused]
+        if refused:
+            yield self._error(
+                "user-mode", self._from_user_mode(refused, "a kernel does not have it")
+            )
+        if loaded:
+            but = "Wine loads it, Windows will refuse it, since its kernel does not have it"
+            yield self._warning("user-mode", self._from_user_mode(loaded, but))
         if delayed:
             yield self._warning(
                 "delay-load",
@@ -245,14 +258,22 @@ class _Check:
                 "link without /DELAYLOAD",
             )
         for found in imports:
-            if found.module not in user_mode:
+            if found.module not in refused and not _API_SET.fullmatch(found.module):
                 yield from self._import(found)
 
-    def _from_user_mode(self, modules: Sequence[str]) -> str:
+    def _refuses(self, user_mode: str) -> bool:
+        """Whether the guest does not load a driver that imports the module ``user_mode``."""
+        if self.guest == "windows" or _MAKES_A_PROGRAM.fullmatch(user_mode):
+            return True
+        if self.kernel is None or _API_SET.fullmatch(user_mode):
+            return False
+        return not self.kernel.has(user_mode)
+
+    def _from_user_mode(self, modules: Sequence[str], so: str) -> str:
         return (
-            f"it imports {_names(modules)}, which is for programs: a kernel does not have it. Mostly a C "
-            "runtime, or Rust's std, came along: link with /NODEFAULTLIB (lld-link, link.exe) or -nostdlib "
-            "(mingw) and take memcpy and the like from ntoskrnl; in Rust, #![no_std] and kernel_module!"
+            f"it imports {_names(modules)}, which is for programs: {so}. Mostly a C runtime, or Rust's std, "
+            "came along: link with /NODEFAULTLIB (lld-link, link.exe) or -nostdlib (mingw) and take memcpy "
+            "and the like from ntoskrnl; in Rust, #![no_std] and kernel_module!"
         )
 
     def _import(self, wanted: Import) -> Iterator[Finding]:

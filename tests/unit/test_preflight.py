@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -204,13 +205,44 @@ class TestImports:
         ],
     )
     def test_from_modules_of_programs_are_errors(self, check: Check, module: str) -> None:
+        """On Wine, of those modules that this one does not have, or is not to be a program by."""
         image = signed(build(imports={"ntoskrnl.exe": ["DbgPrint"], module: ["f"]}))
-        guests: tuple[Guest, ...] = ("wine", "windows")
+        guests: tuple[Guest, ...] = (
+            ("windows",) if module.startswith("api") else ("wine", "windows")
+        )
         for guest in guests:
             finding = only(check(image, guest))
             assert (finding.severity, finding.code) == (Severity.ERROR, "user-mode")
             assert finding.message.startswith(f"x.sys: it imports {module}, which is for programs")
             assert "/NODEFAULTLIB" in finding.message
+
+    @pytest.mark.parametrize("module", ["MSVCRT.dll", "user32", "api-ms-win-crt-heap-l1-1-0.dll"])
+    def test_from_modules_of_programs_that_wine_loads_are_a_warning(
+        self, check: Check, kernel: KernelExports, module: str
+    ) -> None:
+        for name in ("msvcrt.dll", "user32.dll"):
+            (kernel.windows / "system32" / name).write_bytes(build_module(name, {"f": ""}))
+        image = signed(build(imports={module: ["f"]}))
+        finding = only(check(image))
+        assert (finding.severity, finding.code) == (Severity.WARNING, "user-mode")
+        assert finding.message.startswith(
+            f"x.sys: it imports {module}, which is for programs: Wine loads it, Windows will refuse it"
+        )
+        assert codes(check(image, "windows")) == [("error", "user-mode")]
+
+    def test_that_a_module_of_programs_lacks_are_named_too(
+        self, check: Check, kernel: KernelExports
+    ) -> None:
+        module = build_module("msvcrt.dll", {"free": ""})
+        (kernel.windows / "system32" / "msvcrt.dll").write_bytes(module)
+        report = check(build(imports={"msvcrt.dll": ["free", "none"], "KERNEL32.dll": ["Sleep"]}))
+        assert codes(report) == [
+            ("error", "user-mode"),
+            ("warning", "user-mode"),
+            ("warning", "missing-import"),
+        ]
+        assert "it imports KERNEL32.dll, which is for programs: a kernel" in str(report)
+        assert "it imports none, which msvcrt.dll of Wine 99 does not have" in str(report)
 
     @pytest.mark.parametrize("module", ["ntoskrnl.exe", "HAL.DLL", "ksecdd.sys", "BOOTVID.dll"])
     def test_from_modules_of_kernels_are_none(self, check: Check, module: str) -> None:
@@ -332,14 +364,28 @@ def test_a_signature_is_wanted_by_windows(check: Check) -> None:
 
 class TestKernelExports:
     def test_see_a_module_that_came_or_changed(self, kernel: KernelExports) -> None:
-        assert kernel.module("late.sys") is None
         path = kernel.windows / "system32" / "drivers" / "late.sys"
         for name in ("First", "AndSecond"):
             path.write_bytes(build_module("late.sys", {name: ""}) + name.encode())
-            module = kernel.module("LATE.sys")
+            module = KernelExports(kernel.windows, "Wine 99").module("LATE.sys")
             assert module is not None
             assert module.look_up(name) is Availability.PRESENT
             assert module.look_up("Never") is Availability.MISSING
+
+    def test_look_into_a_folder_once(
+        self, kernel: KernelExports, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        listed: list[Path] = []
+        really = os.listdir
+
+        def listdir(path: Path) -> list[str]:
+            listed.append(path)
+            return really(path)
+
+        monkeypatch.setattr(os, "listdir", listdir)
+        for name in ("ntoskrnl.exe", "hal", "NDIS.sys", "none.sys"):
+            kernel.module(name)
+        assert listed == [kernel.windows / "system32", kernel.windows / "system32/drivers"]
 
     def test_of_a_folder_that_is_not_there_are_none(self, tmp_path: Path) -> None:
         assert KernelExports(tmp_path / "none", "none").module("ntoskrnl.exe") is None

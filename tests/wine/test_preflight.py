@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from tests.pe_builder import (
     build,
     patched,
 )
+from tests.wine.c_drivers.build import compiler
 
 TIMEOUT = 30.0
 SERVICE = "built"
@@ -105,6 +105,29 @@ GAP = patched(build(), SECTIONS + 40 + 12, "<I", 0x8000)
         ),
         pytest.param(wanting("kernel32.dll", "Sleep"), ["error user-mode"], FAILED, id="kernel32"),
         pytest.param(wanting("ntdll.dll", "NtClose"), ["error user-mode"], FAILED, id="ntdll"),
+        pytest.param(
+            wanting("kernel32", "Sleep"), ["warning user-mode"], 0, id="kernel32, no ending"
+        ),
+        *(
+            pytest.param(wanting(module, name), ["warning user-mode"], 0, id=module)
+            for module, name in (
+                ("msvcrt.dll", "free"),
+                ("user32.dll", "GetDC"),
+                ("advapi32.dll", "RegCloseKey"),
+                ("ucrtbase.dll", "free"),
+                ("kernelbase.dll", "Sleep"),
+                ("api-ms-win-crt-heap-l1-1-0.dll", "free"),
+            )
+        ),
+        pytest.param(
+            wanting("msvcrt.dll", "KdriverNone"),
+            ["warning user-mode", "warning missing-import"],
+            0,
+            id="missing in msvcrt, not called",
+        ),
+        pytest.param(
+            wanting("libgcc_s_seh-1.dll", "f"), ["error user-mode"], FAILED, id="a dll of mingw's"
+        ),
         pytest.param(wanting("nosuch.sys", "f"), ["error module"], FAILED, id="no module"),
         pytest.param(
             wanting("hal.dll", "KdriverNone"),
@@ -231,14 +254,15 @@ int DriverEntry(void *driver, void *path)
 Compile = Callable[..., Path]
 
 
-@pytest.mark.skipif(not shutil.which("x86_64-w64-mingw32-gcc"), reason="needs gcc-mingw-w64-x86-64")
 class TestMingw:
     @pytest.fixture
     def compile_(self, tmp_path: Path) -> Compile:
+        gcc = compiler()
+
         def compile_(source: str, *options: str) -> Path:
             (tmp_path / "c.c").write_text(source)
             image = tmp_path / "c.sys"
-            command = ["x86_64-w64-mingw32-gcc", "-o", str(image), str(tmp_path / "c.c"), *options]
+            command = [gcc, "-o", str(image), str(tmp_path / "c.c"), *options]
             subprocess.run(command, check=True, capture_output=True)
             return image
 
@@ -260,7 +284,9 @@ class TestMingw:
     ) -> None:
         report = preflight(image := compile_(PROGRAM, "-shared", "-Wl,--entry,DriverEntry"), kernel)
         assert [finding.code for finding in report.errors] == ["subsystem", "user-mode"]
-        assert "it imports KERNEL32.dll, msvcrt.dll, which" in report.errors[1].message
+        assert "it imports KERNEL32.dll, which" in report.errors[1].message
+        (warning,) = report.warnings
+        assert "it imports msvcrt.dll, which is for programs: Wine loads it" in warning.message
         assert load(target, image) == FAILED
 
     def test_leaves_relocations_out_where_it_is_told_to(
