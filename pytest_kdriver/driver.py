@@ -267,17 +267,8 @@ class Driver:
     def running(self, *, timeout: float | None = None) -> Iterator[Driver]:
         """Start, and stop at the end, unless it was stopped, or crashed and the test knows."""
         self.start(timeout=timeout)
-        try:
+        with self._ended_by(lambda: self._stop_if_loaded(timeout)):
             yield self
-        except Exception as error:
-            # What the body has to say matters more than what the stop has, which the verdict will tell.
-            try:
-                self._stop_if_loaded(timeout)
-            except KdriverError as second:
-                self._untold.append(second)
-                error.add_note(f"besides: {second}")
-            raise
-        self._stop_if_loaded(timeout)
 
     @contextmanager
     def device(self, path: str, *, timeout: float | None = None) -> Iterator[Device]:
@@ -288,16 +279,25 @@ class Driver:
         an error, ``DriverTimeout``, ``DriverCrashed``; ``ConfigError`` for what can't be a path.
         """
         device = self._open(nt_path(path), timeout)
-        try:
+        with self._ended_by(lambda: self._close_device(device)):
             yield device
+
+    @contextmanager
+    def _ended_by(self, end: Callable[[], None]) -> Iterator[None]:
+        """Do ``end`` behind the body. What the body raises matters more than what ``end`` does.
+
+        The verdict will tell that.
+        """
+        try:
+            yield
         except Exception as error:
             try:
-                self._close_device(device)
+                end()
             except KdriverError as second:
                 self._untold.append(second)
                 error.add_note(f"besides: {second}")
             raise
-        self._close_device(device)
+        end()
 
     def _stop_if_loaded(self, timeout: float | None = None) -> None:
         self._notice_unload()
