@@ -4,17 +4,14 @@ use alloc::collections::VecDeque;
 
 use frames::Frame;
 
-use crate::requests::may_hang;
+use crate::requests::Kind;
 use crate::server::Server;
 use crate::sync::{Condition, Mutex};
 use crate::thread;
 
-/// The most requests at a time that may hang. One costs a thread and no more, so there may be some of them.
-const MAX_HANGING: usize = 64;
-
-/// The most requests at a time. The threads above those that may hang stay for what is to be done about
-/// them.
-const MAX_WORKERS: usize = 2 * MAX_HANGING;
+/// The most requests of each kind at a time. One costs a thread and no more, so there may be some of them;
+/// and however many hang, there is room for what is to be done about them.
+const MAX_OF_A_KIND: usize = 64;
 
 /// The most refusals that wait for a host that does not read.
 const MAX_REFUSALS: usize = 4096;
@@ -26,11 +23,10 @@ pub struct Workers {
 }
 
 struct State {
-    requests: VecDeque<Frame>,
-    idle: usize,
+    requests: VecDeque<(Kind, Frame)>,
     threads: usize,
-    /// How many requests that may hang are being served or waiting for it.
-    hanging: usize,
+    /// How many requests of each kind are being served or waiting for it.
+    busy: [usize; Kind::COUNT],
     refusals: VecDeque<Frame>,
     refusing: bool,
 }
@@ -40,9 +36,8 @@ impl Workers {
         Workers {
             state: Mutex::new(State {
                 requests: VecDeque::new(),
-                idle: 0,
                 threads: 0,
-                hanging: 0,
+                busy: [0; Kind::COUNT],
                 refusals: VecDeque::new(),
                 refusing: false,
             }),
@@ -55,11 +50,11 @@ impl Workers {
     /// An error says that even the refusals are too many.
     pub fn submit(server: &'static Server, request: Frame) -> Result<(), ()> {
         let workers = &server.workers;
-        let hangs = usize::from(may_hang(&request));
+        let kind = Kind::of(&request);
         let mut state = workers.state.lock();
-        if state.hanging + hangs <= MAX_HANGING && workers.find_thread(server, &mut state) {
-            state.hanging += hangs;
-            state.requests.push_back(request);
+        if state.busy[kind as usize] < MAX_OF_A_KIND && workers.find_thread(server, &mut state) {
+            state.busy[kind as usize] += 1;
+            state.requests.push_back((kind, request));
             return Ok(());
         }
         if state.refusals.len() == MAX_REFUSALS {
@@ -77,32 +72,27 @@ impl Workers {
 
     /// Wakes or starts a thread for one more request; says whether there is one.
     fn find_thread(&'static self, server: &'static Server, state: &mut State) -> bool {
-        if state.idle > state.requests.len() {
+        // Who is not busy waits, or looks for requests before he does.
+        if state.threads > state.busy.iter().sum() {
             self.wake.wake_one();
             return true;
         }
-        let started =
-            state.threads < MAX_WORKERS && thread::spawn(move || self.work(server)).is_ok();
+        let started = thread::spawn(move || self.work(server)).is_ok();
         state.threads += usize::from(started);
         started
     }
 
     fn work(&self, server: &'static Server) {
-        let mut hung = 0;
+        let mut state = self.state.lock();
         loop {
-            let mut state = self.state.lock();
-            state.hanging -= hung;
-            let request = loop {
-                if let Some(request) = state.requests.pop_front() {
-                    break request;
-                }
-                state.idle += 1;
+            let Some((kind, request)) = state.requests.pop_front() else {
                 self.wake.wait(&mut state);
-                state.idle -= 1;
+                continue;
             };
             drop(state);
-            hung = usize::from(may_hang(&request));
             server.serve_request(&request);
+            state = self.state.lock();
+            state.busy[kind as usize] -= 1;
         }
     }
 

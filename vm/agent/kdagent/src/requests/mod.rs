@@ -17,22 +17,39 @@ mod services;
 mod system;
 mod transfer;
 
-/// Whether it waits for a driver or a program, so perhaps for ever.
-pub fn may_hang(frame: &Frame) -> bool {
-    matches!(
-        Request::read(frame.operation, &frame.body),
-        Some(Ok(Request::StartService(_)
-            | Request::StopService(_)
-            | Request::LoadDriver(_)
-            | Request::UnloadDriver(_)
-            | Request::WaitProcess(_)
-            | Request::Run(_)
-            | Request::OpenDevice(_)
-            | Request::ReadDevice(_)
-            | Request::WriteDevice(_)
-            | Request::Ioctl(_)
-            | Request::CloseDevice(_)))
-    )
+/// How long a request may take, and whether it is one that ends others.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    /// It waits for nobody.
+    Short,
+    /// It waits for a driver or a program, so perhaps for ever.
+    MayHang,
+    /// It may hang, too, but ends what hangs in a driver.
+    Remedy,
+}
+
+impl Kind {
+    /// How many there are.
+    pub const COUNT: usize = 3;
+
+    pub fn of(frame: &Frame) -> Self {
+        match Request::read(frame.operation, &frame.body) {
+            Some(Ok(
+                Request::StartService(_)
+                | Request::LoadDriver(_)
+                | Request::WaitProcess(_)
+                | Request::Run(_)
+                | Request::OpenDevice(_)
+                | Request::ReadDevice(_)
+                | Request::WriteDevice(_)
+                | Request::Ioctl(_),
+            )) => Kind::MayHang,
+            Some(Ok(
+                Request::StopService(_) | Request::UnloadDriver(_) | Request::CloseDevice(_),
+            )) => Kind::Remedy,
+            _ => Kind::Short,
+        }
+    }
 }
 
 /// Does what is asked and answers; an error is the caller's to send.
