@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing, suppress
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ import pytest
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.driver import Driver
 from pytest_kdriver.errors import AgentError, LinkError, TargetError
+from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult
 from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.frames import Decoder, Frame, Kind, encode
 from pytest_kdriver.guest.links.process import ProcessLink
+from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
 from pytest_kdriver.kernel.events import DriverInitCalled
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets import prefix
@@ -28,6 +32,12 @@ INVERT, FAIL, PEND, KEEP, GIVE_BACK, TIMER, WORK, HANG, POOL, LOOKASIDE, CREATES
 )
 ALL_BYTES = bytes(range(256))
 PATIENCE = 30.0
+MOST_WAITING = 64
+"""So many requests may wait at a time for drivers and programs."""
+
+GRACE = 2.0
+"""So long, in seconds, a call may take to end after it was cancelled."""
+
 SOON = 0.1
 """A time limit, in seconds, for what shall not be over before it."""
 
@@ -72,6 +82,14 @@ def agent(target: WineTarget, driver: Driver) -> Iterator[Agent]:
 
 
 @pytest.fixture
+def own_agent(target: WineTarget, driver: Driver) -> Iterator[Agent]:
+    """One that nobody else asks for anything."""
+    assert driver.loaded
+    with Agent.connect(own_link(target), timeout=PATIENCE) as agent:
+        yield agent
+
+
+@pytest.fixture
 def device(agent: Agent) -> int:
     return opened(agent)
 
@@ -80,6 +98,16 @@ def device(agent: Agent) -> int:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(40) as pool:
         yield pool
+
+
+def own_link(target: WineTarget) -> ProcessLink:
+    """To an agent of its own."""
+    wine = prefix.find_wine()
+    return ProcessLink(
+        [wine.loader, str(agent_executable())],
+        env=wine.environment(target.prefix, "-all"),
+        cwd=target.prefix,
+    )
 
 
 def opened(agent: Agent) -> int:
@@ -292,6 +320,92 @@ class TestWaiting:
         agent.close_device(device)
 
 
+def test_a_host_that_does_not_read_holds_up_no_time_limit(
+    target: WineTarget, driver: Driver
+) -> None:
+    with closing(own_link(target)) as link:
+        decoder = Decoder()
+
+        def send(number_of_it: int, request: Message) -> None:
+            operation = next(o.number for o in messages.OPERATIONS if o.request is type(request))
+            body = to_bytes(request)
+            link.send(
+                encode(
+                    Frame(kind=Kind.REQUEST, operation=operation, request=number_of_it, body=body)
+                ),
+                PATIENCE,
+            )
+
+        def answers(count: int) -> dict[int, bytes]:
+            """The next so many, by the request's number."""
+            got: dict[int, bytes] = {}
+            while len(got) < count:
+                for frame in decoder.receive_data(link.receive()):
+                    if frame.kind is Kind.REPLY:
+                        got[frame.request] = frame.body
+            return got
+
+        send(1, messages.OpenDevice(path=PATH, time_limit=int(PATIENCE * 1000)))
+        opened = from_bytes(messages.DeviceOpened, answers(1)[1]).device
+
+        def ioctl(code: int, data: bytes = b"", output_size: int = 0, *, limit: float) -> Message:
+            return messages.Ioctl(
+                device=opened,
+                code=code,
+                data=data,
+                output_size=output_size,
+                time_limit=int(limit * 1000),
+            )
+
+        size = 3 << 20  # far more than a pipe holds
+        send(2, ioctl(FAIL, struct.pack("<II", 0, size), size, limit=PATIENCE))
+        send(3, ioctl(KEEP, limit=SOON))
+        send(4, ioctl(PEND, limit=GRACE + 1))
+        driver.dbgprint.expect("probe: cancelled", timeout=PATIENCE)
+        outcomes = {
+            request: IoOutcome(from_bytes(messages.IoEnded, body).outcome)
+            for request, body in answers(3).items()
+            if request > 2
+        }
+        assert outcomes == {3: IoOutcome.STUCK, 4: IoOutcome.CANCELLED}
+        send(5, ioctl(GIVE_BACK, output_size=4, limit=PATIENCE))
+        assert from_bytes(messages.IoEnded, answers(1)[5]).data == number(1)
+
+
+class TestSoManyCallsThatThereIsRoomForNoMore:
+    @pytest.fixture
+    def device(self, own_agent: Agent) -> int:
+        return opened(own_agent)
+
+    @pytest.fixture
+    def waiting(
+        self, own_agent: Agent, device: int, driver: Driver
+    ) -> Iterator[list[Future[IoResult]]]:
+        too_many = 100
+        with ThreadPoolExecutor(too_many) as pool:
+            calls = [pool.submit(control, own_agent, device, PEND) for _ in range(too_many)]
+            for call in islice(as_completed(calls, PATIENCE), too_many - MOST_WAITING):
+                with pytest.raises(AgentError, match="too many requests at a time"):
+                    call.result()
+            for _ in range(MOST_WAITING):
+                driver.dbgprint.expect("probe: pend")
+            yield [call for call in calls if not call.done()]
+
+    def test_are_ended_by_a_close(
+        self, own_agent: Agent, device: int, waiting: list[Future[IoResult]]
+    ) -> None:
+        own_agent.close_device(device)
+        assert {call.result(PATIENCE).outcome for call in waiting} == {IoOutcome.CANCELLED}
+        assert control(own_agent, opened(own_agent), INVERT, b"\0", 1).data == b"\xff"
+
+    def test_are_ended_by_a_stop(
+        self, own_agent: Agent, driver: Driver, waiting: list[Future[IoResult]]
+    ) -> None:
+        driver.abandon()
+        assert own_agent.stop_service(driver.service) == 0
+        assert {call.result(PATIENCE).status for call in waiting} == {DEVICE_GONE}
+
+
 class TestTheDriversEnd:
     """On Wine. On Windows a driver whose device is open stays, and its calls with it."""
 
@@ -333,12 +447,7 @@ class TestTheDriversEnd:
 def test_what_hangs_in_a_driver_does_not_hold_up_the_agents_end(
     target: WineTarget, driver: Driver, pool: ThreadPoolExecutor
 ) -> None:
-    wine = prefix.find_wine()
-    link = ProcessLink(
-        [wine.loader, str(agent_executable())],
-        env=wine.environment(target.prefix, "-all"),
-        cwd=target.prefix,
-    )
+    link = own_link(target)
     with Agent.connect(link, timeout=PATIENCE) as agent:
         device = opened(agent)
         hanging = [pool.submit(control, agent, device, code) for code in (KEEP, PEND, HANG)]

@@ -30,7 +30,9 @@ const NO_DEVICE: Failure = Failure::Refused("no such device is open");
 /// The devices that are open, and the calls to them.
 pub struct Devices {
     next: AtomicU32,
-    open: Mutex<BTreeMap<u32, Owned>>,
+    /// A call that is going on shares its file: whoever closes it, no call is made on a handle that is
+    /// another file's meanwhile.
+    open: Mutex<BTreeMap<u32, Arc<Owned>>>,
     calls: Calls,
     /// To make one for each call, and to close it, costs two more round trips to the wineserver, on Wine.
     idle_events: Mutex<Vec<Owned>>,
@@ -54,7 +56,11 @@ impl Devices {
         let transfer = self.transfer(&[], 0)?;
         self.calls
             .begin(&transfer, Target::Opening, request.time_limit, reply)?;
-        let result = create(&path, transfer.status_block());
+        let result = if self.calls.issue(&transfer) {
+            create(&path, transfer.status_block())
+        } else {
+            Ok(Err(sys::STATUS_CANCELLED))
+        };
         let Some(outcome) = self.calls.end(&transfer) else {
             return Ok(());
         };
@@ -78,7 +84,7 @@ impl Devices {
             return Err(Failure::Refused("too many devices are open"));
         }
         let device = self.next.fetch_add(1, Ordering::Relaxed);
-        open.insert(device, file);
+        open.insert(device, Arc::new(file));
         Ok(device)
     }
 
@@ -189,17 +195,28 @@ impl Devices {
     ) -> Answer {
         // Under one lock, so that `close` sees each call that found its device.
         let open = self.open.lock();
-        let file = open.get(&device).ok_or(NO_DEVICE)?.raw();
+        let file = open.get(&device).ok_or(NO_DEVICE)?.clone();
         let target = Target::Device {
             number: device,
-            file,
+            file: file.raw(),
         };
         self.calls.begin(&transfer, target, time_limit, reply)?;
         drop(open);
-        let returned = call(file, &transfer);
+        let returned = if self.calls.issue(&transfer) {
+            call(file.raw(), &transfer)
+        } else {
+            sys::STATUS_CANCELLED
+        };
         if returned == sys::STATUS_PENDING {
-            transfer.wait();
+            if self.calls.is_given_up(&transfer) {
+                // The call has reset the event that would end a wait.
+                transfer.cancel(file.raw());
+            } else {
+                transfer.wait();
+            }
         }
+        // Before `close` learns that the call is over, and so is the last to close it.
+        drop(file);
         match self.calls.end(&transfer) {
             Some(outcome) => {
                 answer(returned, &transfer, outcome, reply);
@@ -211,7 +228,8 @@ impl Devices {
         Ok(())
     }
 
-    /// Closes a device. Its calls are cancelled before, and given up if they do not end.
+    /// Closes a device. Its calls are cancelled before, and given up if they do not end. One that does not
+    /// even return keeps the file open until it does.
     pub fn close(&'static self, device: u32) -> Answer {
         let file = self.open.lock().remove(&device).ok_or(NO_DEVICE)?;
         self.calls.cancel_all(device);
@@ -280,8 +298,6 @@ fn create(path: &[u16], block: *mut sys::IoStatusBlock) -> Answer<Result<Owned, 
             0,
         )
     };
-    if is_error(status) {
-        return Ok(Err(status));
-    }
-    Owned::new(file, "open the device").map(Ok)
+    // It is open if there is a handle: a warning may come with one or without.
+    Ok(Owned::new(file, "open the device").map_err(|_| status))
 }
