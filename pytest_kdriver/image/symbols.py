@@ -6,6 +6,7 @@ mingw's gcc has it. Both are read by Sentry's ``symbolic``, inlined functions in
 
 from __future__ import annotations
 
+import atexit
 import functools
 import re
 import subprocess
@@ -118,6 +119,9 @@ def _load(image: Path, *_stamps: _Stamp) -> Symbols:
 
     table = SymCache.from_bytes(done.stdout)  # type: ignore[no-untyped-call]
     return Symbols(None, cast("_Table", table))
+
+
+atexit.register(_load.cache_clear)  # symbolic's objects can't be freed once its modules are gone
 
 
 def _stamp(path: Path) -> _Stamp:
