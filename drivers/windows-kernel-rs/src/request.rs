@@ -119,6 +119,10 @@ pub(crate) struct OpenFile {
     object: *mut FILE_OBJECT,
 }
 
+/// The upper half of what is kept with a refused file, above the status: neither a pointer of the
+/// kernel's nor anything else that another driver would put there.
+const REFUSED: usize = 0x5255_5354;
+
 impl OpenFile {
     /// # Safety
     ///
@@ -136,21 +140,23 @@ impl OpenFile {
             return Ok(());
         }
         // SAFETY: the object is live while a request for it is, and the field is ours.
-        let refusal = unsafe { (*self.object).FsContext }.addr();
-        #[allow(clippy::cast_possible_truncation)] // 32 bits were put there
-        match refusal as u32 {
-            0 => Ok(()),
-            status => Err(Error::from_kernel_errno(i32::from_ne_bytes(
-                status.to_ne_bytes(),
-            ))),
+        let kept = unsafe { (*self.object).FsContext }.addr();
+        if kept >> 32 != REFUSED {
+            return Ok(());
         }
+        #[allow(clippy::cast_possible_truncation)] // the lower half
+        let status = kept as u32;
+        Err(Error::from_kernel_errno(i32::from_ne_bytes(
+            status.to_ne_bytes(),
+        )))
     }
 
     pub(crate) fn refuse(&self, error: Error) {
         let status = u32::from_ne_bytes(error.to_failure().to_ne_bytes());
         if !self.object.is_null() {
+            let kept = ptr::without_provenance_mut(REFUSED << 32 | status as usize);
             // SAFETY: as above; while it is being opened nobody else asks anything of it.
-            unsafe { (*self.object).FsContext = ptr::without_provenance_mut(status as usize) };
+            unsafe { (*self.object).FsContext = kept };
         }
     }
 }
