@@ -5,7 +5,7 @@
 //!
 //! | parameter | type | default | meaning |
 //! | --- | --- | --- | --- |
-//! | `Capacity` | `REG_DWORD` | 4096 | how many bytes are kept at most |
+//! | `Capacity` | `REG_DWORD` | 4096 | how many bytes are kept at most; above 65536 the start fails |
 //!
 //! | control code | name | input | what it does |
 //! | --- | --- | --- | --- |
@@ -57,6 +57,9 @@ const fn code(number: u16) -> ControlCode {
     )
 }
 
+/// A read copies what is kept at `DISPATCH_LEVEL`, where nothing may take long.
+const MOST_KEPT: u32 = 64 << 10;
+
 struct Module;
 
 impl KernelModule for Module {
@@ -64,6 +67,9 @@ impl KernelModule for Module {
         let capacity = Parameters::open(registry_path)?
             .u32("Capacity")?
             .unwrap_or(4096);
+        if capacity > MOST_KEPT {
+            return Err(Error::INVALID_PARAMETER);
+        }
         let echo = Echo {
             capacity: capacity as usize,
             kept: SpinLock::new(Vec::new()),
