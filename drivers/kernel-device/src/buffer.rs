@@ -50,6 +50,7 @@ impl<'request> ControlBuffer<'request> {
     /// # Safety
     ///
     /// The memory's first `input` bytes are initialised.
+    #[doc(hidden)] // the framework's: a driver's author gets one, and makes none
     #[must_use]
     pub unsafe fn new(
         memory: &'request mut [MaybeUninit<u8>],
