@@ -4,13 +4,14 @@
 //! first that did not. It wants these parameters: `Dword` (`REG_DWORD` 7), `Qword` (`REG_QWORD`
 //! 2^32 + 8), `Text` (`REG_SZ` `text`), `Texts` (`REG_MULTI_SZ` `one`, `two`), `Bytes`
 //! (`REG_BINARY` of 100 times 0xA5); and `Expandable` (`REG_EXPAND_SZ` `%text%`), if it is there.
-//! With `Status` (`REG_DWORD`) it fails so in the end, all done.
+//! With `Status` (`REG_DWORD`) it fails so in the end, all done. With `Quiet` (`REG_DWORD` 1) its devices
+//! ask for nothing when they go.
 //!
 //! It leaves two devices, `\Device\Checks1` and `\Device\Checks2`, for programs `\\.\Checks1` and so on.
 //! They take whatever they are asked, touch no buffer, and claim to have filled it, and far more;
-//! but the second refuses to be opened. `WAIT`, the control code 0x00222004, comes back when the link
-//! to the first is gone: when somebody unloads the driver all the same, as Wine lets him.
-//! When they go they say so, and what comes of opening and reading them now.
+//! but the second refuses to be opened. `WAIT`, the control code 0x00222004, comes back a second after
+//! the link to the first is gone: when somebody unloads the driver all the same, as Wine lets him.
+//! When they go they say so and, unless they are quiet, what comes of opening and reading them now.
 
 #![no_std]
 
@@ -29,9 +30,9 @@ use windows_kernel_rs::{
 };
 use windows_kernel_sys::base::{
     HANDLE, IO_STATUS_BLOCK, NT_SUCCESS, NTSTATUS, OBJ_CASE_INSENSITIVE, OBJ_KERNEL_HANDLE,
-    OBJECT_ATTRIBUTES, UNICODE_STRING,
+    OBJECT_ATTRIBUTES, SYMBOLIC_LINK_QUERY, UNICODE_STRING,
 };
-use windows_kernel_sys::ntoskrnl::{ZwClose, ZwOpenFile, ZwReadFile};
+use windows_kernel_sys::ntoskrnl::{ZwClose, ZwOpenFile, ZwOpenSymbolicLinkObject, ZwReadFile};
 
 struct Module {
     _dropped_after_cleanup: Goodbye,
@@ -49,7 +50,8 @@ impl KernelModule for Module {
         passed("format", formatting_is_fallible()?)?;
         passed("print", printing_gives_back_what_it_shows())?;
         passed("sleep", sleeping_takes_time()?)?;
-        passed("devices", devices_are_made(&mut driver)?)?;
+        let quiet = parameters.u32("Quiet")?.is_some();
+        passed("devices", devices_are_made(&mut driver, quiet)?)?;
         if let Some(status) = parameters.u32("Status")? {
             let status = i32::from_ne_bytes(status.to_ne_bytes());
             return Err(Error::from_kernel_errno(status));
@@ -61,7 +63,7 @@ impl KernelModule for Module {
 
     fn cleanup(&mut self, mut driver: Driver) {
         println!("cleanup");
-        let late = driver.create_device(r"\Device\Late", r"\??\Late", Claimer { number: 3 });
+        let late = driver.create_device(r"\Device\Late", r"\??\Late", Claimer::new(3, false));
         println!("a device in cleanup: {late:?}");
     }
 }
@@ -191,12 +193,12 @@ fn sleeping_takes_time() -> Result<bool, Error> {
     Ok(system_time()?.saturating_sub(start) >= Duration::from_millis(49))
 }
 
-fn devices_are_made(driver: &mut Driver) -> Result<bool, Error> {
-    driver.create_device(r"\Device\Checks1", r"\??\Checks1", Claimer { number: 1 })?;
-    driver.create_device(r"\Device\Checks2", r"\??\Checks2", Claimer { number: 2 })?;
+fn devices_are_made(driver: &mut Driver, quiet: bool) -> Result<bool, Error> {
+    driver.create_device(r"\Device\Checks1", r"\??\Checks1", Claimer::new(1, quiet))?;
+    driver.create_device(r"\Device\Checks2", r"\??\Checks2", Claimer::new(2, quiet))?;
     let taken = Err(Error::OBJECT_NAME_COLLISION);
-    let name = driver.create_device(r"\Device\Checks1", r"\??\Checks3", Claimer { number: 3 });
-    let link = driver.create_device(r"\Device\Checks3", r"\??\Checks1", Claimer { number: 3 });
+    let name = driver.create_device(r"\Device\Checks1", r"\??\Checks3", Claimer::new(3, quiet));
+    let link = driver.create_device(r"\Device\Checks3", r"\??\Checks1", Claimer::new(3, quiet));
     Ok((name, link) == (taken, taken))
 }
 
@@ -206,6 +208,13 @@ const WAIT: ControlCode = ControlCode::new(0x22, 0x801, Method::Buffered, Access
 #[repr(align(256))]
 struct Claimer {
     number: u32,
+    quiet: bool,
+}
+
+impl Claimer {
+    fn new(number: u32, quiet: bool) -> Self {
+        Self { number, quiet }
+    }
 }
 
 impl Device for Claimer {
@@ -233,10 +242,10 @@ impl Device for Claimer {
     fn ioctl(&self, code: ControlCode, _: ControlBuffer<'_>) -> Result<usize, Error> {
         if code == WAIT {
             println!("waiting");
-            while let Ok(handle) = open(&utf16::literal(br"\??\Checks1")) {
-                close(handle);
+            while is_link(&utf16::literal(br"\??\Checks1")) {
                 sleep(Duration::from_millis(5));
             }
+            sleep(Duration::from_secs(1));
             println!("waited");
         }
         Ok(usize::MAX)
@@ -245,11 +254,16 @@ impl Device for Claimer {
 
 impl Drop for Claimer {
     fn drop(&mut self) {
-        let outcome = match self.number {
-            1 => open_and_read(&utf16::literal(br"\Device\Checks1")),
-            2 => open_and_read(&utf16::literal(br"\Device\Checks2")),
+        let name = match self.number {
+            1 => utf16::literal(br"\Device\Checks1"),
+            2 => utf16::literal(br"\Device\Checks2"),
             _ => return,
         };
+        if self.quiet {
+            println!("device {} goes", self.number);
+            return;
+        }
+        let outcome = open_and_read(&name);
         println!(
             "device {} goes, to open and read it: {outcome:?}",
             self.number
@@ -257,27 +271,51 @@ impl Drop for Claimer {
     }
 }
 
+fn unicode<const LENGTH: usize>(name: &[u16; LENGTH]) -> UNICODE_STRING {
+    #[allow(clippy::cast_possible_truncation)] // a name is short
+    let bytes = size_of_val(name) as u16;
+    UNICODE_STRING {
+        Length: bytes,
+        MaximumLength: bytes,
+        Buffer: name.as_ptr().cast_mut(),
+    }
+}
+
+fn attributes(name: &UNICODE_STRING) -> OBJECT_ATTRIBUTES {
+    #[allow(clippy::cast_possible_truncation)] // it is 48
+    OBJECT_ATTRIBUTES {
+        Length: size_of::<OBJECT_ATTRIBUTES>() as u32,
+        RootDirectory: ptr::null_mut(),
+        ObjectName: &raw const *name,
+        Attributes: OBJ_CASE_INSENSITIVE | OBJ_KERNEL_HANDLE,
+        SecurityDescriptor: ptr::null(),
+        SecurityQualityOfService: ptr::null(),
+    }
+}
+
+/// Whether there is a symbolic link of this name.
+fn is_link<const LENGTH: usize>(name: &[u16; LENGTH]) -> bool {
+    let name = unicode(name);
+    let attributes = attributes(&name);
+    let mut link = ptr::null_mut();
+    // SAFETY: all of it is well formed and outlives the call.
+    let status = unsafe {
+        ZwOpenSymbolicLinkObject(&raw mut link, SYMBOLIC_LINK_QUERY, &raw const attributes)
+    };
+    if !NT_SUCCESS(status) {
+        return false;
+    }
+    close(link);
+    true
+}
+
 /// Opens a device as a program does.
 fn open<const LENGTH: usize>(name: &[u16; LENGTH]) -> Result<HANDLE, Error> {
     const ACCESS: u32 = 0x10_0001; // FILE_READ_DATA, SYNCHRONIZE
     const FILE_SYNCHRONOUS_IO_NONALERT: u32 = 0x20;
 
-    #[allow(clippy::cast_possible_truncation)] // a name is short
-    let bytes = size_of_val(name) as u16;
-    let name = UNICODE_STRING {
-        Length: bytes,
-        MaximumLength: bytes,
-        Buffer: name.as_ptr().cast_mut(),
-    };
-    #[allow(clippy::cast_possible_truncation)] // it is 48
-    let attributes = OBJECT_ATTRIBUTES {
-        Length: size_of::<OBJECT_ATTRIBUTES>() as u32,
-        RootDirectory: ptr::null_mut(),
-        ObjectName: &raw const name,
-        Attributes: OBJ_CASE_INSENSITIVE | OBJ_KERNEL_HANDLE,
-        SecurityDescriptor: ptr::null(),
-        SecurityQualityOfService: ptr::null(),
-    };
+    let name = unicode(name);
+    let attributes = attributes(&name);
     let mut handle = ptr::null_mut();
     let mut outcome = IO_STATUS_BLOCK::default();
     // SAFETY: all of it is well formed and outlives the call.

@@ -108,10 +108,14 @@ impl Driver {
     /// value passes over it, far less is right.
     ///
     /// The framework keeps the device. When the driver is unloaded, and when `init` fails, first all
-    /// links are deleted, and the devices refuse whatever is asked of them, with
-    /// `STATUS_DELETE_PENDING`. Then one device after the other, the newest first, waits for the end
-    /// of the requests in it, its value is dropped, and it is deleted.
-    /// [`cleanup`](KernelModule::cleanup) comes after.
+    /// links are deleted. What is open may be closed for up to half a second more: on Wine, which unloads
+    /// a driver all the same, the close comes a little after the last handle's end. Then the devices
+    /// refuse whatever is asked of them, with `STATUS_DELETE_PENDING`; and one device after the other,
+    /// the newest first, waits for the end of the requests in it, its value is dropped, and it is
+    /// deleted. [`cleanup`](KernelModule::cleanup) comes after.
+    ///
+    /// The link comes last, so that programs find a device that is ready. Who opens it by its own name
+    /// before gets `STATUS_DEVICE_NOT_READY`.
     ///
     /// Anybody may open it: its security is what the kernel gives to a device without one of its
     /// own. Who may do what has to be asked in [`Device::create`] or by the [`Access`] of a control
