@@ -10,45 +10,40 @@ pub const MOST_FRAMES: usize = 28;
 
 const HEAD: &[u8] = b"kdriver:stack ";
 
-/// `kdriver:stack BLOCK FRAME FRAME ...` and a newline, all numbers in hexadecimal.
-///
-/// ```
-/// use kernel_text::stack_record::StackRecord;
-///
-/// let record = StackRecord::new(0xA0, &[0x1000, 0x2F]);
-/// assert_eq!(record.as_c_str(), c"kdriver:stack a0 1000 2f\n");
-/// ```
-#[derive(Debug)]
-pub struct StackRecord {
-    /// The text, and at least one NUL.
-    bytes: [u8; MOST_BYTES + 1],
-}
+/// Room for the longest record, and for the NUL behind it.
+pub const BUFFER_BYTES: usize = MOST_BYTES + 1;
 
-impl StackRecord {
-    /// The record of a block and the return addresses that led to it, innermost first. The outermost
-    /// are left out where they are too many.
-    #[must_use]
-    pub fn new(block: usize, frames: &[usize]) -> Self {
-        let mut bytes = [0; MOST_BYTES + 1];
-        bytes[..HEAD.len()].copy_from_slice(HEAD);
-        let mut end = write_hexadecimal(&mut bytes, HEAD.len(), block);
-        for &frame in frames.iter().take(MOST_FRAMES) {
-            // A space before it, and the newline behind the last.
-            if end + 1 + digits(frame) + 1 > MOST_BYTES {
-                break;
-            }
-            bytes[end] = b' ';
-            end = write_hexadecimal(&mut bytes, end + 1, frame);
+/// Writes `kdriver:stack BLOCK FRAME FRAME ...` and a newline, all numbers in hexadecimal: the record of
+/// a block and the return addresses that led to it, innermost first. The outermost are left out where
+/// they are too many.
+///
+/// The buffer is the caller's, for there is little room on a kernel's stack to move it about.
+///
+/// ```
+/// use kernel_text::stack_record::{BUFFER_BYTES, write};
+///
+/// let mut buffer = [0; BUFFER_BYTES];
+/// let record = write(&mut buffer, 0xA0, [0x1000, 0x2F]);
+/// assert_eq!(record, c"kdriver:stack a0 1000 2f\n");
+/// ```
+pub fn write(
+    buffer: &mut [u8; BUFFER_BYTES],
+    block: usize,
+    frames: impl IntoIterator<Item = usize>,
+) -> &CStr {
+    buffer[..HEAD.len()].copy_from_slice(HEAD);
+    let mut end = write_hexadecimal(buffer, HEAD.len(), block);
+    for frame in frames.into_iter().take(MOST_FRAMES) {
+        // A space before it, and the newline behind the last.
+        if end + 1 + digits(frame) + 1 > MOST_BYTES {
+            break;
         }
-        bytes[end] = b'\n';
-        Self { bytes }
+        buffer[end] = b' ';
+        end = write_hexadecimal(buffer, end + 1, frame);
     }
-
-    /// The text.
-    #[must_use]
-    pub fn as_c_str(&self) -> &CStr {
-        CStr::from_bytes_until_nul(&self.bytes).unwrap_or_default()
-    }
+    buffer[end] = b'\n';
+    buffer[end + 1] = 0;
+    CStr::from_bytes_until_nul(buffer).unwrap_or_default()
 }
 
 /// Writes a number at a place, with no leading zeros; where it ends.
@@ -75,8 +70,9 @@ mod tests {
     use std::vec::Vec;
 
     fn text(block: usize, frames: &[usize]) -> String {
-        StackRecord::new(block, frames)
-            .as_c_str()
+        // What was there before does not matter.
+        let mut buffer = [0xEE; BUFFER_BYTES];
+        write(&mut buffer, block, frames.iter().copied())
             .to_str()
             .unwrap()
             .into()

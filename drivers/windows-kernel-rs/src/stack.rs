@@ -3,7 +3,7 @@
 #![cfg(feature = "capture-stacks")]
 
 use core::ptr;
-use kernel_text::stack_record::{MOST_FRAMES, StackRecord};
+use kernel_text::stack_record::{self, BUFFER_BYTES, MOST_FRAMES};
 use windows_kernel_sys::base::DPFLTR_IHVDRIVER_ID;
 use windows_kernel_sys::ntoskrnl::{DbgPrintEx, RtlCaptureStackBackTrace};
 
@@ -17,20 +17,16 @@ pub(crate) fn record(block: *const u8) {
     let most = MOST_FRAMES as u32;
     // SAFETY: there is room for so many frames; nobody wants the hash.
     let count = unsafe { RtlCaptureStackBackTrace(0, most, frames.as_mut_ptr(), ptr::null_mut()) };
-    let frames = frames.map(<*mut _>::addr);
+    let frames = &frames[..usize::from(count)];
     // Wine walks on beyond the thread's first function, which returns to nowhere.
-    let count = frames[..usize::from(count)]
+    let frames = frames
         .iter()
-        .take_while(|&&frame| frame != 0)
-        .count();
-    let record = StackRecord::new(block.addr(), &frames[..count]);
+        .map(|frame| frame.addr())
+        .take_while(|&frame| frame != 0);
+    let mut buffer = [0; BUFFER_BYTES];
+    let record = stack_record::write(&mut buffer, block.addr(), frames);
     // SAFETY: both are C strings, and `%s` takes one.
     unsafe {
-        DbgPrintEx(
-            DPFLTR_IHVDRIVER_ID,
-            LEVEL,
-            c"%s".as_ptr(),
-            record.as_c_str().as_ptr(),
-        );
+        DbgPrintEx(DPFLTR_IHVDRIVER_ID, LEVEL, c"%s".as_ptr(), record.as_ptr());
     }
 }
