@@ -6,11 +6,17 @@ pub use kernel_device::{Access, ControlBuffer, ControlCode, Method};
 /// What a device does. [`Driver::create_device`](crate::Driver::create_device) makes a device of it.
 ///
 /// A request is answered by the time its handler returns: a handler that waits keeps the program
-/// waiting. Handlers run at `PASSIVE_LEVEL` in the thread of the program that asks, several at once
-/// on several processors, hence `&self` and `Sync`; what they change is in atomics or in a
-/// [`SpinLock`](crate::SpinLock). Data are copied by the kernel (`DO_BUFFERED_IO`), so a handler
-/// never sees a program's own memory, and nothing of the kernel's memory reaches a program:
-/// buffers are zeroed first. A handler's count is cut to its buffer.
+/// waiting. A program's request runs its handler at `PASSIVE_LEVEL`: on Windows several at once, on
+/// several processors; on Wine one at a time, all in one thread of the driver's process. So nothing
+/// of the thread, its process included, says who asks. Another driver may call at
+/// `DISPATCH_LEVEL`, where a handler must not wait. Hence `&self` and `Sync`; what handlers change is
+/// in atomics or in a [`SpinLock`](crate::SpinLock). Data are copied by the kernel
+/// (`DO_BUFFERED_IO`), so a handler never sees a program's own memory, and nothing of the kernel's
+/// memory reaches a program: buffers are zeroed first. A handler's count is cut to its buffer.
+///
+/// When the driver is unloaded, a device waits for the requests in it, before
+/// [`cleanup`](crate::KernelModule::cleanup) runs. So a handler that waits for something that `cleanup`,
+/// or a value's `Drop`, would do makes the unload hang: let it wait for a bounded time only.
 ///
 /// What is not implemented answers `STATUS_INVALID_DEVICE_REQUEST`; to open and to close always
 /// succeed. An error that means success, or a request that waits (`STATUS_PENDING`), becomes
