@@ -11,6 +11,7 @@ import pytest
 from pytest_kdriver import (
     NTSTATUS,
     ConfigError,
+    Device,
     DeviceError,
     Driver,
     DriverCrashed,
@@ -224,16 +225,18 @@ class TestHang:
     def test_threads_may_use_devices_at_once(self, kdriver: Driver) -> None:
         failures: list[BaseException] = []
 
-        def use(own: bytes) -> None:
+        def use(device: Device, own: bytes) -> None:
             try:
-                with kdriver.device(PATH) as device:
-                    for _ in range(50):
-                        assert device.ioctl(ECHO, own, output_size=64) == own
+                for _ in range(50):
+                    assert device.ioctl(ECHO, own, output_size=64) == own
             except BaseException as error:
                 failures.append(error)
 
-        with kdriver.running():
-            threads = [threading.Thread(target=use, args=(bytes([n]) * 40,)) for n in range(4)]
+        with kdriver.running(), kdriver.device(PATH) as shared, kdriver.device(PATH) as other:
+            threads = [
+                threading.Thread(target=use, args=(device, bytes([n]) * 40))
+                for n, device in enumerate((shared, shared, shared, other))
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
