@@ -20,12 +20,15 @@ from pytest_kdriver.guest.executable import agent_executable
 from pytest_kdriver.guest.frames import Decoder, Frame, Kind, encode
 from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
+from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.kernel.events import DriverInitCalled
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets import prefix
 from pytest_kdriver.targets.wine import WineTarget
 from tests.wine.c_drivers.build import Linker, Variant, build_probe
+from tests.wine.test_framework import CHECKS
 
+DRIVERS = Path(__file__).parents[2] / "drivers" / "Cargo.toml"
 PATH = r"\??\probe"
 INVERT, FAIL, PEND, KEEP, GIVE_BACK, TIMER, WORK, HANG, POOL, LOOKASIDE, CREATES = (
     0x22 << 16 | (0x800 + function) << 2 for function in range(11)
@@ -442,6 +445,20 @@ class TestTheDriversEnd:
         again = agent.open_device(PATH, time_limit=PATIENCE)
         assert again.status is NTSTATUS.STATUS_OBJECT_NAME_NOT_FOUND
         agent.close_device(device)
+
+
+def test_a_driver_in_rust_ends_behind_the_closes_that_are_on_their_way(target: WineTarget) -> None:
+    """On Wine they come later than the last handle's end, and an unload would overtake them."""
+    target.repair()
+    driver = Driver(target, Cargo(DRIVERS).build("checks"), name="checks", parameters=CHECKS)
+    for _ in range(5):  # of those that do not wait, one in three is too early
+        driver.start()
+        with Agent.connect(own_link(target), timeout=PATIENCE) as agent:
+            for _ in range(200):
+                agent.open_device(r"\??\Checks1", time_limit=PATIENCE)
+        driver.stop()
+    assert driver.dbgprint.lines.count("device 1 closed") == 5 * 200
+    driver.finish()
 
 
 def test_what_hangs_in_a_driver_does_not_hold_up_the_agents_end(

@@ -23,7 +23,7 @@ from pytest_kdriver.image.cargo import Cargo
 
 MOST_ALLOCATIONS = 50
 CODE = Path(__file__).parents[2] / "drivers"
-CHECKS = {
+CHECKS: dict[str, int | str | bytes | list[str]] = {
     "Dword": 7,
     "Qword": (1 << 32) + 8,
     "Text": "text",
