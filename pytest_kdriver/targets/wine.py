@@ -62,7 +62,11 @@ START_TIMEOUT: Final = 60.0
 """Seconds for Wine to start and the agent to answer: under one when idle, many on a busy machine."""
 
 START_ATTEMPTS: Final = 3
-"""On a busy machine services.exe was seen, once in hundreds of starts, to be gone before it served."""
+"""On a busy machine services.exe was seen, once in hundreds of starts, to be gone before it served; and once
+in some three thousand starts of a driver its process died before anything ran in it."""
+
+_STILLBORN: Final = Win32Error.ERROR_INTERNAL_ERROR
+"""What Wine's CreateProcess, called by services.exe, says of such a process (STATUS_INTERNAL_ERROR)."""
 
 FENCE_TIMEOUT: Final = 30.0
 CUT_TIMEOUT: Final = 5.0
@@ -288,10 +292,14 @@ class WineTarget:
     def load(self, service: str, timeout: float) -> LoadOutcome:
         """See ``Target``."""
         position = len(self.log)
-        code = self._service_call(
-            lambda: self.agent.submit_start(service), service, DriverInitCalled, timeout
-        )
-        called = self._last(DriverInitCalled, service, position)
+        deadline = time.monotonic() + timeout
+        for _ in range(START_ATTEMPTS):
+            code = self._service_call(
+                lambda: self.agent.submit_start(service), service, DriverInitCalled, _left(deadline)
+            )
+            called = self._last(DriverInitCalled, service, position)
+            if called is not None or code != _STILLBORN:
+                break
         if called is not None:
             self._note_image(called)
         returned = self._last(DriverInit, service, position)
