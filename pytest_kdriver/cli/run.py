@@ -106,8 +106,12 @@ def _load_and_unload(driver: Driver, seconds: float) -> str | None:
     """What went wrong, None for nothing."""
     wrong = []
     try:
-        _say(f"DriverEntry returned {driver.start()}")
-        _wait(seconds)
+        status = driver.start()
+        try:
+            _say(f"DriverEntry returned {status}")
+            time.sleep(seconds)
+        except KeyboardInterrupt:
+            _say("interrupted: unloading")
     except StartFailed as error:
         wrong.append(str(error) if error.status.is_success else str(error.status))
     except DriverError as error:
@@ -117,13 +121,6 @@ def _load_and_unload(driver: Driver, seconds: float) -> str | None:
     except DriverError as error:
         wrong.append(str(error))
     return "\n".join(wrong) or None
-
-
-def _wait(seconds: float) -> None:
-    try:
-        time.sleep(seconds)
-    except KeyboardInterrupt:
-        _say("interrupted: unloading")
 
 
 @contextmanager
