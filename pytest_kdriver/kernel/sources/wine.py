@@ -23,8 +23,8 @@ A ``kdriver:stack`` record is what the Rust framework's allocator says by DbgPri
 the block that it has just been given, and the return addresses behind it, innermost first. It is one, and no
 print, at that component and level only: DPFLTR_IHVDRIVER_ID and 30, which Wine shows as that bit.
 
-Seen on Wine 8.0 and 10.0. The process of a message tells the driver, since services.exe gives each driver without
-a load-order group a process of its own.
+Seen on Wine 8.0 and 10.0. The process of a message tells the driver, since services.exe gives each driver
+without a load-order group a process of its own.
 """
 
 from __future__ import annotations
