@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -34,10 +34,9 @@ def killed_when(handle: TargetHandle, begun: Callable[[WineTarget], bool]) -> It
     def kill() -> None:
         while not begun(target):
             time.sleep(0.001)
-        for pid in prefix.processes(target.prefix):
-            if b"kdagent.exe" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
-                killed.append(time.monotonic())
+        for pid in processes_of(target, b"kdagent.exe"):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(time.monotonic())
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -46,6 +45,16 @@ def killed_when(handle: TargetHandle, begun: Callable[[WineTarget], bool]) -> It
     killer.join(PATIENCE)
     assert len(killed) == 1
     assert over - killed[0] < PATIENCE
+
+
+def processes_of(target: WineTarget, program: bytes) -> list[int]:
+    """The pids of the guest's processes whose command line names ``program``."""
+    found = []
+    for pid in prefix.processes(target.prefix):
+        with suppress(OSError):  # it ended meanwhile
+            if program in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def seen(driver: Driver, kind: type[Event], text: str = "") -> Callable[[WineTarget], bool]:
@@ -70,10 +79,7 @@ def test_while_a_file_goes_in(kdriver_target: TargetHandle) -> None:
 
 def test_while_a_program_runs(kdriver_target: TargetHandle) -> None:
     def begun(target: WineTarget) -> bool:
-        return any(
-            b"ping" in Path(f"/proc/{pid}/cmdline").read_bytes()
-            for pid in prefix.processes(target.prefix)
-        )
+        return bool(processes_of(target, b"ping"))
 
     with killed_when(kdriver_target, begun), pytest.raises(TargetError, match="run: "):
         kdriver_target.run(["ping", "-n", "100", "127.0.0.1"], timeout=100)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,12 @@ def killed(handle: TargetHandle) -> None:
 
 
 def unix_pid(handle: TargetHandle, driver: Driver) -> int:
-    (pid,) = (
-        pid
-        for pid in prefix.processes(wine(handle).prefix)
-        if f"/{driver.service}.sys" in Path(f"/proc/{pid}/maps").read_text()
-    )
+    found = []
+    for pid in prefix.processes(wine(handle).prefix):
+        with suppress(OSError):  # it ended meanwhile
+            if f"/{driver.service}.sys" in Path(f"/proc/{pid}/maps").read_text():
+                found.append(pid)
+    (pid,) = found
     return pid
 
 
