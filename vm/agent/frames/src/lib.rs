@@ -16,6 +16,8 @@
 //!
 //! A frame that breaks these rules ends the conversation, for behind it no border is known. A body that
 //! breaks its message's rules is answered by an error, and the conversation goes on.
+//!
+//! Where the stream is a port, which nobody ever closes, there is one more layer below: [`port`].
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -23,6 +25,7 @@ extern crate alloc;
 
 mod frame;
 mod message;
+pub mod port;
 mod sha256;
 mod wire;
 
