@@ -331,7 +331,10 @@ mod tests {
         for end in 0..whole.len() {
             let mut stream = GuestStream::new();
             receive(&mut stream, &[&sync(9), &whole[..end]]);
-            let seen = receive(&mut stream, &[&sync(6), b"z"]);
+            let mut seen = receive(&mut stream, &[&sync(6), b"z"]);
+            if end == whole.len() - 1 {
+                assert_eq!(seen.remove(0), Seen::Session(5));
+            }
             assert_eq!(seen, [Seen::Session(6), Seen::Payload(vec![b'z'])], "{end}");
         }
     }
