@@ -29,6 +29,8 @@ from pytest_kdriver.guest.frames import (
     encode,
 )
 from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
+from pytest_kdriver.port_stream import Decoder as PortDecoder
+from pytest_kdriver.port_stream import Lost, Mark, MarkKind, encode_mark, encode_payload
 
 AGENT = Path(__file__).parents[2] / "vm" / "agent"
 ALL_BYTES = bytes(range(256))
@@ -160,7 +162,7 @@ class TestMessages:
             assert len({getattr(operation, key) for operation in operations}) == len(operations)
 
 
-STREAM, REQUEST, REPLY = range(3)
+STREAM, REQUEST, REPLY, PORT = range(4)
 Case = tuple[int, int, bytes]
 Verdict = tuple[bool, bytes]
 
@@ -205,6 +207,8 @@ def our_verdict(case: Case) -> Verdict:
     if what == STREAM:
         decoded, error = decode(data)
         return error is None, b"".join(map(encode, decoded))
+    if what == PORT:
+        return True, echo_port(data, number)
     operation = next((o for o in messages.OPERATIONS if o.number == number), None)
     if operation is None:
         return False, b""
@@ -213,6 +217,22 @@ def our_verdict(case: Case) -> Verdict:
         return True, to_bytes(from_bytes(kind, data))
     except AgentProtocolError:
         return False, b""
+
+
+def echo_port(data: bytes, piece: int) -> bytes:
+    """What a guest would send that answers each mark and sends all payload back."""
+    decoder = PortDecoder(MarkKind.SYNC)
+    out = []
+    for start in range(0, len(data), piece):
+        for event in decoder.receive_data(data[start : start + piece]):
+            match event:
+                case Mark(_, nonce):
+                    out.append(encode_mark(MarkKind.ANSWER, nonce))
+                case bytes():
+                    out.append(encode_payload(event))
+                case Lost():
+                    pass
+    return b"".join(out)
 
 
 class Generator:
@@ -247,8 +267,23 @@ class Generator:
         else:
             kind = operation.request if what == REQUEST else operation.reply
             data = to_bytes(cast("Message", self.value(kind)))
-        number = self.random.choice([*[operation.number] * 20, 0, 31, 0xFFFF])
+        number = self.random.choice([*[operation.number] * 20, 0, 99, 0xFFFF])
         return what, number, data if self.random.random() < 0.3 else self.mutate(data)
+
+    def port_case(self) -> Case:
+        pieces = [
+            self.random.choice(
+                [
+                    encode_mark(MarkKind.SYNC, self.random.randbytes(16).hex()),
+                    encode_payload(bytes(self.random.choices(b"}~]^Sa\0", k=5))),
+                    bytes(self.random.choices(b"}~]^Sa\0", k=2)),
+                ]
+            )
+            for _ in range(self.random.randrange(8))
+        ]
+        data = encode_mark(MarkKind.SYNC, "0" * 32) + b"".join(pieces)
+        piece = self.random.randrange(1, 50)
+        return PORT, piece, data if self.random.random() < 0.3 else self.mutate(data)
 
     def frames(self) -> list[Frame]:
         return [
@@ -292,3 +327,22 @@ def test_both_codecs_agree_on_thousands_of_good_and_broken_cases(
     for what in (STREAM, REQUEST, REPLY):
         accepted = [o[0] for case, o in zip(cases, ours, strict=True) if case[0] == what]
         assert 0.2 < sum(accepted) / len(accepted) < 0.8, "the cases test one side only"
+
+
+def test_both_codecs_agree_on_thousands_of_good_and_broken_port_streams(
+    agent_codec: Callable[[list[Case]], list[Verdict]],
+) -> None:
+    generator = Generator(seed=2)
+    cases = [generator.port_case() for _ in range(20_000)]
+    theirs = agent_codec(cases)
+    differ = [
+        (case, ours, its)
+        for case, its in zip(cases, theirs, strict=True)
+        if (ours := our_verdict(case)) != its
+    ]
+    assert differ == []
+    broken = sum(
+        any(isinstance(event, Lost) for event in PortDecoder(MarkKind.SYNC).receive_data(data))
+        for _, _, data in cases
+    )
+    assert 0.2 < broken / len(cases) < 0.8, "the cases test one side only"
