@@ -54,7 +54,6 @@ class Target(Protocol):
     """
 
     name: str
-    kind: str
     capabilities: frozenset[str]
     generation: int
 

@@ -24,7 +24,7 @@ from pytest_kdriver.handle import TargetHandle
 from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.image.finder import ImageFinder
 from pytest_kdriver.kernel.events import DebugPrint, KernelMessage, ProcessDied
-from pytest_kdriver.targets import prefix
+from pytest_kdriver.targets import machine_target, prefix
 from pytest_kdriver.targets import wine as wine_module
 from pytest_kdriver.targets.target import ParameterValue
 from pytest_kdriver.targets.wine import WineTarget
@@ -181,7 +181,7 @@ class TestDeath:
     ) -> None:
         driver = make("hello")
         driver.start()
-        monkeypatch.setattr(wine_module, "FENCE_TIMEOUT", 0.2)
+        monkeypatch.setattr(machine_target, "FENCE_TIMEOUT", 0.2)
         os.kill(unix_pid(target, "kdagent.exe"), signal.SIGSTOP)
         with pytest.raises(TargetError, match="its kernel log does not flow"):
             driver.stop(timeout=0.2)
@@ -333,7 +333,7 @@ class TestEnd:
         before = set(left_behind())
         target = WineTarget(CONFIG)
         monkeypatch.setattr(wine_module, "agent_executable", lambda: Path("/nonexistent.exe"))
-        with pytest.raises(TargetError, match="Wine did not start"):
+        with pytest.raises(TargetError, match="it did not start"):
             target.start()
         target.close()
         assert not set(left_behind()) - before

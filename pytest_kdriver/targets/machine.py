@@ -1,0 +1,75 @@
+"""What a target's guest runs on, as far as the target has to know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.image.preflight import Report
+from pytest_kdriver.kernel.log import KernelLog
+from pytest_kdriver.targets.runs import Run
+
+
+class LogFeed(Protocol):
+    """Whatever feeds the kernel log from a guest."""
+
+    failure: str | None
+    """Why nothing more comes; None while all is well."""
+
+    def close(self) -> None:
+        """Read what has arrived, then stop."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A guest that runs. ``feed`` is None where its kernel log can't be had."""
+
+    agent: Agent
+    feed: LogFeed | None
+
+
+class Machine(Protocol):
+    """Where a guest runs: an emulator's virtual machine, or a Wine prefix. At most one guest at a time.
+
+    Its methods raise ``TargetError``, and what links and agents raise.
+    """
+
+    capabilities: frozenset[str]
+
+    def describe(self) -> str:
+        """What it is, in one line, for a report's header."""
+        ...
+
+    def boot(self, run: Run, log: KernelLog, generation: int) -> Guest:
+        """Bring a guest up in its first state. What is made for it is recorded in ``run`` before.
+
+        Where this fails, nothing of the guest is left.
+        """
+        ...
+
+    def save(self, guest: Guest) -> Guest:
+        """Remember the state of a guest in which nothing has run yet; the guest that goes on from there."""
+        ...
+
+    def revert(self, guest: Guest, log: KernelLog) -> Guest | None:
+        """Put a guest back into the state that was saved; None where only a new one will do."""
+        ...
+
+    def check(self, guest: Guest) -> None:
+        """See that what tests rely on is in force. Raises ``TargetError`` with what mends it."""
+        ...
+
+    def catch_up(self, guest: Guest) -> bool:
+        """Have the log hold what was printed before an answer of the agent's; False: it takes a fence."""
+        ...
+
+    def preflight(self, image: Path) -> Report:
+        """What the guest's kernel will make of ``image``. Raises ``ImageError``."""
+        ...
+
+    def end(self, guest: Guest) -> None:
+        """End a guest and remove what was made for it. Never raises for what is gone already."""
+        ...

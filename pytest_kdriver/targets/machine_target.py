@@ -1,0 +1,354 @@
+"""A target that is made of a machine, an agent and a loader: what all kinds have in common."""
+
+from __future__ import annotations
+
+import errno
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from pytest_kdriver.errors import AgentError, ConfigError, LinkError, TargetError
+from pytest_kdriver.guest.agent import Agent, IoOutcome
+from pytest_kdriver.image.pe import ImageLayout, read_layout
+from pytest_kdriver.image.preflight import Report
+from pytest_kdriver.kernel.events import Fence
+from pytest_kdriver.kernel.log import KernelLog
+from pytest_kdriver.ntstatus import NTSTATUS
+from pytest_kdriver.targets.leftovers import REMOVERS, SPILL, remove_file
+from pytest_kdriver.targets.loader import SERVICES_GONE, Loader
+from pytest_kdriver.targets.machine import Guest, LogFeed, Machine
+from pytest_kdriver.targets.nt_loader import NtLoader
+from pytest_kdriver.targets.runs import Run, collect_garbage
+from pytest_kdriver.targets.target import CallTimeout, Io, LoadOutcome, ParameterValue
+from pytest_kdriver.targets.wine_loader import WineLoader
+from pytest_kdriver.win32error import Win32Error
+
+START_TIMEOUT: Final = 60.0
+"""Seconds for the agent and the service manager of a guest that is up to answer: under one when idle, many
+on a busy machine."""
+
+START_ATTEMPTS: Final = 3
+"""On a busy machine services.exe was seen, once in hundreds of starts, to be gone before it served."""
+
+FENCE_TIMEOUT: Final = 30.0
+FOLDER: Final = "C:\\kdriver"
+"""Each install has a folder of its own in it: what ran may be mapped for a while, and not to be replaced."""
+
+
+class MachineTarget:
+    """See ``Target``. ``artifacts`` is where the kernel log's old events go."""
+
+    def __init__(self, name: str, machine: Machine, *, artifacts: Path | None = None) -> None:
+        self.name = name
+        self.machine = machine
+        self.capabilities = machine.capabilities
+        self.generation = 0
+        self._artifacts = artifacts
+        self._run: Run | None = None
+        self._spill = Path()
+        self._log: KernelLog | None = None
+        self._guest: Guest | None = None
+        self._loader: Loader | None = None
+        self._broken: str | None = None
+        self._touched = False
+        self._layouts: dict[str, ImageLayout] = {}
+        self._paths: dict[str, str] = {}
+        self._installs = 0
+
+    # the guest
+
+    @property
+    def log(self) -> KernelLog:
+        """See ``Target``. Raises ``TargetError`` before the first start."""
+        if self._log is None:
+            raise TargetError("it was not started", target=self.name)
+        return self._log
+
+    @property
+    def agent(self) -> Agent:
+        """See ``Target``."""
+        agent = self.guest.agent
+        self._touched = True
+        return agent
+
+    @property
+    def guest(self) -> Guest:
+        """The guest of this generation. Raises ``TargetError`` where none is running."""
+        if self._guest is None:
+            raise TargetError("it is not running", target=self.name)
+        return self._guest
+
+    @property
+    def sees_kernel(self) -> bool:
+        """See ``Surroundings``."""
+        return self.guest.feed is not None
+
+    def describe(self) -> str:
+        """See ``Target``."""
+        return self.machine.describe()
+
+    def start(self) -> None:
+        """See ``Target``."""
+        attempts = 0
+        while self._guest is None:
+            attempts += 1
+            try:
+                self._start_once()
+            except TargetError:
+                came_up = self._guest is not None
+                self._end_guest()
+                if not came_up or attempts == START_ATTEMPTS:
+                    raise
+            except BaseException:
+                self._end_guest()
+                raise
+
+    def _start_once(self) -> None:
+        with self._start_errors("it did not start"):
+            if self._run is None:
+                self._begin_run()
+            assert self._run is not None
+            self.generation += 1
+            self._go_on_with(self.machine.boot(self._run, self.log, self.generation))
+            self._verify()
+            if "snapshots" in self.capabilities:
+                self._go_on_with(self.machine.save(self.guest))
+
+    def _begin_run(self) -> None:
+        collect_garbage(REMOVERS)
+        self._run = Run()
+        self._spill = (self._artifacts or self._run.path) / f"{self._run.path.name}.events"
+        self._run.record(SPILL, self._spill)
+        self._log = KernelLog(self._spill)
+
+    def _go_on_with(self, guest: Guest) -> None:
+        self._guest = guest
+        on_wine = guest.agent.info.wine_version is not None
+        self._loader = WineLoader(self) if on_wine else NtLoader(self)
+        self._broken = None
+        self._touched = False
+
+    def _verify(self) -> None:
+        """See that what tests rely on is there: kernel log, service manager, and what the machine knows."""
+        self.fence()
+        with self.agent_errors("start"):
+            self.guest.agent.query_service("kdriver", timeout=START_TIMEOUT)
+        self.machine.check(self.guest)
+
+    @contextmanager
+    def _start_errors(self, told: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, AgentError, LinkError, TimeoutError) as error:
+            raise TargetError(f"{told}: {error}{_advice(error)}", target=self.name) from error
+
+    def close(self) -> None:
+        """See ``Target``."""
+        with ExitStack() as last_to_first:
+            run, self._run = self._run, None
+            if run is not None:
+                last_to_first.callback(run.close)
+                last_to_first.callback(remove_file, self._spill)
+            if self._log is not None:
+                last_to_first.callback(self._log.close)
+            self._end_guest()
+
+    def _end_guest(self) -> None:
+        guest, self._guest = self._guest, None
+        if self._loader is not None:
+            self._loader.close()
+        if guest is not None:
+            self.machine.end(guest)
+
+    @property
+    def broken(self) -> str | None:
+        """See ``Target``."""
+        return self._broken
+
+    def break_down(self, reason: str) -> None:
+        """See ``Target``."""
+        self._broken = self._broken or reason
+
+    def repair(self) -> None:
+        """See ``Target``."""
+        if self._guest is not None and self._guest.agent.closed:
+            self.break_down("its agent is gone")
+        if self._broken is not None:
+            self._renew()
+        self.start()
+
+    def revert(self) -> None:
+        """See ``Target``."""
+        if self._touched or self._broken is not None:
+            self._renew()
+        self.repair()
+
+    def _renew(self) -> None:
+        if self._guest is None or not self._put_back(self._guest):
+            self._end_guest()
+            self.start()
+
+    def _put_back(self, guest: Guest) -> bool:
+        """Put the guest back as it is; False where it takes a new one."""
+        if "snapshots" not in self.capabilities:
+            return False
+        if self._loader is not None:
+            self._loader.close()
+        try:
+            with self._start_errors("it was not put back"):
+                reverted = self.machine.revert(guest, self.log)
+                if reverted is None:
+                    return False
+                self.generation += 1
+                self._go_on_with(reverted)
+                self._verify()
+        except TargetError:
+            return False
+        self._touched = False
+        return True
+
+    # the kernel log
+
+    def fence(self) -> None:
+        """See ``Target``. The agent says a word that the kernel log has to bring."""
+        feed = self.guest.feed
+        if feed is None:
+            return
+        position = len(self.log)
+        cookie = uuid.uuid4().hex
+        try:
+            with self.agent_errors("fence"):
+                self.guest.agent.fence(cookie, timeout=FENCE_TIMEOUT)
+        except TimeoutError:
+            seen = None
+        else:
+            seen = self.log.window(None, position).wait_for(
+                lambda _, event: isinstance(event, Fence) and event.cookie == cookie,
+                0.0 if feed.failure is not None else FENCE_TIMEOUT,
+            )
+            self._check_feed(feed)
+        if seen is None:
+            self.break_down("its kernel log does not flow")
+            raise TargetError(
+                f"its kernel log does not flow: the agent's word did not come in {FENCE_TIMEOUT:g} s",
+                target=self.name,
+            )
+
+    def _catch_up(self) -> None:
+        """Have the log hold what was printed up to now."""
+        guest = self.guest
+        if guest.feed is None:
+            return
+        if self.machine.catch_up(guest):
+            self._check_feed(guest.feed)
+        else:
+            self.fence()
+
+    def _check_feed(self, feed: LogFeed) -> None:
+        if feed.failure is not None:
+            self.break_down("its kernel log broke")
+            raise TargetError(f"its kernel log broke: {feed.failure}", target=self.name)
+
+    # drivers
+
+    def preflight(self, image: Path) -> Report:
+        """See ``Target``."""
+        return self.machine.preflight(image)
+
+    def install(
+        self, service: str, image: Path, parameters: Mapping[str, ParameterValue], timeout: float
+    ) -> None:
+        """See ``Target``."""
+        self._layouts[service] = read_layout(image)
+        deadline = time.monotonic() + timeout
+        agent = self.agent
+        self._installs += 1
+        path = self._paths[service] = f"{FOLDER}\\{self._installs}\\{service}.sys"
+        key = f"SYSTEM\\CurrentControlSet\\Services\\{service}\\Parameters"
+        with self.agent_errors("install"):
+            try:
+                agent.put(image, path, timeout=_left(deadline))
+                agent.create_service(service, path, timeout=_left(deadline))
+            except AgentError as error:
+                if agent.query_service(service, timeout=_left(deadline)) is None:
+                    raise
+                raise ConfigError(
+                    f"target {self.name!r} has a service {service!r} already; "
+                    "give this driver's another name, with service="
+                ) from error
+            for name, value in parameters.items():
+                agent.set_value(key, name, value, timeout=_left(deadline))
+
+    def uninstall(self, service: str, timeout: float) -> None:
+        """See ``Target``."""
+        with self.agent_errors("uninstall"):
+            self.agent.delete_service(service, timeout=timeout)
+            with suppress(AgentError):  # still mapped, where the driver has not quite gone
+                self.agent.delete(self._paths[service], timeout=timeout)
+
+    def load(self, service: str, timeout: float) -> LoadOutcome:
+        """See ``Target``."""
+        return self._loaded_by.load(service, self._layouts[service], timeout)
+
+    def load_by_service_manager(self, service: str, timeout: float) -> LoadOutcome:
+        """See ``Target``."""
+        return self._loaded_by.load_by_service_manager(service, self._layouts[service], timeout)
+
+    def unload(self, service: str, timeout: float) -> NTSTATUS | Win32Error:
+        """See ``Target``."""
+        return self._loaded_by.unload(service, timeout)
+
+    @property
+    def _loaded_by(self) -> Loader:
+        if self._loader is None:
+            raise TargetError("it is not running", target=self.name)
+        return self._loader
+
+    def device_io(self, service: str, io: Callable[[Agent, float], Io], timeout: float) -> Io:
+        """See ``Target``."""
+        position = len(self.log)
+        with self.agent_errors("device I/O"):
+            try:
+                result: Io | None = io(self.agent, timeout)
+            except TimeoutError:
+                result = None
+        self._catch_up()
+        if result is None or result.outcome is IoOutcome.STUCK:
+            raise CallTimeout(self._loaded_by.cut_io(service))
+        self._loaded_by.note_io(service, result.status, position)
+        return result
+
+    @contextmanager
+    def agent_errors(self, phase: str) -> Iterator[None]:
+        """See ``Surroundings``."""
+        try:
+            yield
+        except LinkError as error:
+            self.break_down("its agent is gone")
+            raise TargetError(f"{phase}: {error}", target=self.name) from error
+        except AgentError as error:
+            if error.code not in SERVICES_GONE:
+                raise
+            raise self.services_gone(f"{phase}: {error}") from error
+
+    def services_gone(self, told: str) -> TargetError:
+        """See ``Surroundings``."""
+        self.break_down("its services.exe is gone")
+        return TargetError(f"{told}; its services.exe is gone", target=self.name)
+
+
+def _advice(error: Exception) -> str:
+    match error:
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            return "; free some, or set KDRIVER_CACHE to a folder elsewhere"
+        case OSError(errno=errno.EROFS | errno.EACCES):
+            return "; make it writable, or set KDRIVER_CACHE to a folder elsewhere"
+        case _:
+            return ""
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - time.monotonic(), 0.0)

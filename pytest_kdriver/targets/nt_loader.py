@@ -1,0 +1,88 @@
+"""Drivers on Windows: NtLoadDriver and NtUnloadDriver, which give the exact status.
+
+Not verified on Windows.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Final
+
+from pytest_kdriver.image.pe import ImageLayout
+from pytest_kdriver.ntstatus import NTSTATUS
+from pytest_kdriver.targets.loader import Surroundings
+from pytest_kdriver.targets.target import CallTimeout, LoadOutcome, NoUnload
+from pytest_kdriver.win32error import Win32Error
+
+_CUT: Final = "a driver that hangs in Windows can't be ended; the guest will be put back"
+
+_STATUS_OF_CODE: Final = {
+    Win32Error.ERROR_SERVICE_ALREADY_RUNNING: NTSTATUS.STATUS_IMAGE_ALREADY_LOADED,
+    Win32Error.ERROR_FILE_NOT_FOUND: NTSTATUS.STATUS_OBJECT_NAME_NOT_FOUND,
+}
+
+
+class NtLoader:
+    """See ``Loader``."""
+
+    def __init__(self, target: Surroundings) -> None:
+        self._target = target
+
+    def close(self) -> None:
+        """See ``Loader``."""
+
+    def load(self, service: str, layout: ImageLayout, timeout: float) -> LoadOutcome:  # noqa: ARG002
+        """See ``Loader``."""
+        with self._target.agent_errors("load"):
+            try:
+                status = self._target.agent.load_driver(service, timeout=timeout)
+            except TimeoutError:
+                raise self._cut(f"{service} hangs in its DriverEntry") from None
+        self._target.fence()
+        return LoadOutcome(status=status, loaded=status.is_success)
+
+    def load_by_service_manager(
+        self,
+        service: str,
+        layout: ImageLayout,  # noqa: ARG002
+        timeout: float,
+    ) -> LoadOutcome:
+        """See ``Loader``. The manager's code keeps little of DriverEntry's status."""
+        with self._target.agent_errors("service start"):
+            future: Future[Win32Error] = self._target.agent.submit_start(service)
+            try:
+                code = future.result(timeout)
+            except TimeoutError:
+                raise self._cut(f"{service} hangs in its DriverEntry") from None
+        self._target.fence()
+        loaded = code == Win32Error.ERROR_SUCCESS
+        status = (
+            NTSTATUS.STATUS_SUCCESS
+            if loaded
+            else _STATUS_OF_CODE.get(code, NTSTATUS.STATUS_UNSUCCESSFUL)
+        )
+        return LoadOutcome(status=status, loaded=loaded, code=code)
+
+    def unload(self, service: str, timeout: float) -> NTSTATUS | Win32Error:
+        """See ``Loader``."""
+        with self._target.agent_errors("unload"):
+            try:
+                status = self._target.agent.unload_driver(service, timeout=timeout)
+            except TimeoutError:
+                raise self._cut(f"{service} hangs in its DriverUnload") from None
+        self._target.fence()
+        if status == NTSTATUS.STATUS_INVALID_DEVICE_REQUEST:
+            raise NoUnload
+        return status
+
+    def note_io(self, service: str, status: NTSTATUS, position: int) -> None:
+        """See ``Loader``. A driver of Windows does not die alone."""
+
+    def cut_io(self, service: str) -> str:
+        """See ``Loader``."""
+        self._target.break_down(f"{service} hangs in a device's I/O")
+        return _CUT
+
+    def _cut(self, reason: str) -> CallTimeout:
+        self._target.break_down(reason)
+        return CallTimeout(_CUT)
