@@ -14,6 +14,10 @@
     wine = "/opt/wine-8/bin/wine64"
     without = ["snapshots"]         # capabilities it shall not have
 
+    [targets.nightly]
+    kind = "libvirt"
+    image = "winevm"                # more: vm_config.py
+
 Paths are relative to the file. A key that is not known is an error.
 """
 
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +33,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 from pytest_kdriver.errors import ConfigError
+from pytest_kdriver.vm_config import VM_KEYS, VmSettings, parse_vm
 
 Isolation: TypeAlias = Literal["test", "module", "session", "none"]
 
@@ -45,17 +51,28 @@ CAPABILITIES: Final[Mapping[str, str]] = {
 """Each capability that there is, and what a target that has it can do."""
 
 _KEYS = ("vm", "isolation", "manifest", "profile", "timeout", "artifacts", "targets")
-_TARGET_KEYS = {"wine": ("kind", "wine", "without")}
+_TARGET_KEYS = {
+    "wine": ("kind", "wine", "without"),
+    "libvirt": ("kind", *VM_KEYS, "without"),
+}
 """The kinds of target, and what each may be told."""
+
+_BUILT_IN_KINDS: Final = {"wine": "wine", "winevm": "libvirt"}
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+"""It becomes part of file names, and of libvirt's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetConfig:
-    """One ``[targets.NAME]``, or a built-in target. ``wine`` is the Wine to use, None for the first found."""
+    """One ``[targets.NAME]``, or a built-in target.
+
+    ``wine`` is the Wine to use, None for the first found; ``vm`` what was set of a virtual machine.
+    """
 
     name: str
     kind: str
     wine: str | None = None
+    vm: VmSettings = field(default_factory=dict)
     without: frozenset[str] = frozenset()
 
 
@@ -123,7 +140,7 @@ def _parse(table: Mapping[str, object], path: Path, root: Path) -> Config:
     isolation = table.get("isolation")
     if isolation is not None and isolation not in ISOLATIONS:
         raise ConfigError(f"{where}: isolation is {isolation!r}; allowed: {', '.join(ISOLATIONS)}")
-    targets = _targets(table.get("targets", {}), where)
+    targets = _targets(table.get("targets", {}), where, root)
     config = Config(
         root=root,
         vm=_names(table.get("vm", ()), "vm", where),
@@ -142,15 +159,20 @@ def _parse(table: Mapping[str, object], path: Path, root: Path) -> Config:
     return config
 
 
-def _targets(table: object, where: str) -> dict[str, TargetConfig]:
-    targets = {"wine": TargetConfig(name="wine", kind="wine")}
+def _targets(table: object, where: str, root: Path) -> dict[str, TargetConfig]:
+    targets = {
+        "wine": TargetConfig(name="wine", kind="wine"),
+        "winevm": TargetConfig(name="winevm", kind="libvirt", vm={"image": "winevm"}),
+    }
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: targets is no table; write [targets.NAME]")
     for name, settings in table.items():
         inside = f"{where}: targets.{name}"
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{inside}: a target's name is letters, digits, '.', '_' and '-'")
         if not isinstance(settings, dict):
             raise ConfigError(f"{inside} is no table; write [targets.{name}]")
-        kind = settings.get("kind", "wine" if name == "wine" else None)
+        kind = settings.get("kind", _BUILT_IN_KINDS.get(name))
         if kind not in _TARGET_KEYS:
             allowed = ", ".join(_TARGET_KEYS)
             raise ConfigError(f"{inside}: kind is {kind!r}; allowed: {allowed}")
@@ -159,9 +181,19 @@ def _targets(table: object, where: str) -> dict[str, TargetConfig]:
             name=name,
             kind=kind,
             wine=_string(settings, "wine", inside),
+            vm=_vm(name, settings, inside, root) if kind == "libvirt" else {},
             without=frozenset(_capabilities(settings.get("without", ()), inside)),
         )
     return targets
+
+
+def _vm(name: str, table: Mapping[str, object], where: str, root: Path) -> VmSettings:
+    settings = parse_vm({key: table[key] for key in VM_KEYS if key in table}, where, root)
+    if "disk" not in settings and name in _BUILT_IN_KINDS:
+        settings.setdefault("image", name)
+    if ("disk" in settings) == ("image" in settings):
+        raise ConfigError(f"{where}: one of disk and image is needed, and only one")
+    return settings
 
 
 def _check_keys(table: Iterable[str], allowed: tuple[str, ...], where: str) -> None:

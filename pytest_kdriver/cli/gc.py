@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from pytest_kdriver.targets.runs import collect_garbage
 from pytest_kdriver.targets.leftovers import REMOVERS
+from pytest_kdriver.targets.runs import collect_garbage
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from pytest_kdriver.config import find_root, load_config
 from pytest_kdriver.errors import ConfigError
+from pytest_kdriver.vm_config import vm_config
 
 
 def write(folder: Path, text: str, name: str = "kdriver.toml") -> Path:
@@ -18,7 +20,7 @@ def write(folder: Path, text: str, name: str = "kdriver.toml") -> Path:
 def test_nothing_set_is_the_defaults(tmp_path: Path) -> None:
     config = load_config(tmp_path)
     assert (config.vm, config.isolation, config.manifest, config.timeout) == ((), None, None, 30.0)
-    assert list(config.targets) == ["wine"]
+    assert list(config.targets) == ["wine", "winevm"]
 
 
 def test_all_that_can_be_set(tmp_path: Path) -> None:
@@ -114,3 +116,63 @@ def test_an_unknown_target_is_told_with_the_known_ones(tmp_path: Path) -> None:
         ConfigError, match=r"no target 'wne' \(did you mean 'wine'\?\); there are: wine"
     ):
         load_config(tmp_path).target("wne")
+
+
+def test_a_virtual_machine_is_what_the_recipe_says_unless_the_config_does(tmp_path: Path) -> None:
+    (tmp_path / "kdriver.toml").write_text(
+        """
+        [targets.mine]
+        kind = "libvirt"
+        disk = "disks/mine.qcow2"
+        agent = "ssh"
+        agent_port = 2222
+        memory = 4096
+        without = ["snapshots"]
+        """
+    )
+    target = load_config(tmp_path).target("mine")
+    machine = vm_config({"memory": 512, "cpus": 2, "bus": "sata"}, target.vm)
+    assert (machine.memory, machine.cpus, machine.bus) == (4096, 2, "sata")
+    assert machine.disk == tmp_path / "disks" / "mine.qcow2"
+    assert (machine.agent, machine.ssh_port) == ("ssh", 2222)
+    assert machine.uri == "qemu:///session"
+    assert target.without == {"snapshots"}
+
+
+def test_winevm_needs_no_config_and_takes_some(tmp_path: Path) -> None:
+    assert load_config(tmp_path).target("winevm").vm == {"image": "winevm"}
+    (tmp_path / "kdriver.toml").write_text("[targets.winevm]\ncpus = 2")
+    assert load_config(tmp_path).target("winevm").vm == {"image": "winevm", "cpus": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("", "one of disk and image is needed, and only one"),
+        ("disk = 'a'\nimage = 'b'", "one of disk and image is needed, and only one"),
+        ("image = '../../etc'", "image is '../../etc'; allowed: the name of a disk image"),
+        ('disk = "a\\u0000b"', "disk is"),
+        ("disk = 'a'\nnetwork = \"x'/><evil\"", "network is"),
+        ("disk = 'a'\nkernel_log = 'kd'", "kernel_log is 'kd'; allowed: wine-trace, none"),
+        ("disk = 'a'\nkernel_log_port = 'virtio:../x'", "kernel_log_port is"),
+        ("disk = 'a'\nagent_port = 'com5'", "agent_port is 'com5'; allowed: \"virtio:NAME\""),
+        ("disk = 'a'\nagent = 'ssh'\nagent_port = 'com1'", "for ssh it is a TCP port"),
+        ("disk = 'a'\nagent = 'serial'\nagent_port = 22", "agent_port is 22"),
+        ("disk = 'a'\nagent_port = 70000", "agent_port is 70000; allowed: a TCP port"),
+        ("disk = 'a'\nmemory = true", "memory is True; allowed: MiB, 64 to"),
+        ("disk = 'a'\ncpus = 0", "cpus is 0; allowed: a number, 1 to 64"),
+        ("disk = 'a'\nboot_timeout = 0", "boot_timeout is 0; allowed: seconds, more than 0"),
+        ("disk = 'a'\ntpm = 'yes'", "tpm is 'yes'; allowed: true, false"),
+        ("disk = 'a'\nmemry = 1", "unknown key 'memry' (did you mean 'memory'?)"),
+    ],
+)
+def test_a_machine_that_can_t_be_is_told(tmp_path: Path, settings: str, told: str) -> None:
+    (tmp_path / "kdriver.toml").write_text(f"[targets.mine]\nkind = 'libvirt'\n{settings}")
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        load_config(tmp_path)
+
+
+def test_a_target_s_name_can_t_escape(tmp_path: Path) -> None:
+    (tmp_path / "kdriver.toml").write_text("[targets.'../x']\nkind = 'wine'")
+    with pytest.raises(ConfigError, match="a target's name is letters"):
+        load_config(tmp_path)

@@ -1,0 +1,222 @@
+"""What can be said of a virtual machine, in ``[targets.NAME]`` with ``kind = "libvirt"``, and in a recipe.
+
+::
+
+    image = "winevm"            # a disk image that kdriver makes; or, instead,
+    disk = "path.qcow2"         # a disk of your own: it is never written to
+    uri = "qemu:///session"     # the libvirt, on this machine
+    cdrom = "path.iso"
+    kernel = "path"             # boot this kernel, with initrd and cmdline, instead of the disk's
+    initrd = "path"
+    cmdline = "root=/dev/vda"
+    firmware = "bios"           # "bios" | "uefi"
+    tpm = false
+    memory = 1024               # MiB
+    cpus = 1
+    bus = "virtio"              # the disk's: "virtio" | "sata"
+    nic = "virtio"              # "virtio" | "e1000e" | "none"
+    network = "user"            # QEMU's own, which reaches nothing; or the name of a libvirt network
+    enlightenments = false      # Hyper-V's, for Windows
+    kernel_log = "none"         # "wine-trace" | "none"
+    kernel_log_port = "virtio:kdriver.trace"    # or "com1" to "com4"
+    agent = "serial"            # "serial" | "ssh"
+    agent_port = "virtio:kdriver.agent"         # or "com1" to "com4"; for ssh the guest's TCP port
+    ssh_user = "root"
+    ssh_key = "path"
+    ssh_known_hosts = "path"
+    ssh_command = "kdagent"
+    boot_timeout = 300          # seconds from power on to the agent's answer
+    without = ["snapshots"]     # capabilities it shall not have
+
+An SSH password comes from the environment, ``KDRIVER_PASSWORD_`` and the target's name in capitals. Paths are
+relative to the file that they stand in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeAlias, cast
+
+from pytest_kdriver.errors import ConfigError
+
+Firmware: TypeAlias = Literal["bios", "uefi"]
+Bus: TypeAlias = Literal["virtio", "sata"]
+Nic: TypeAlias = Literal["virtio", "e1000e", "none"]
+KernelLogKind: TypeAlias = Literal["wine-trace", "none"]
+AgentKind: TypeAlias = Literal["serial", "ssh"]
+
+USER_NETWORK: Final = "user"
+DEFAULT_URI: Final = "qemu:///session"
+_VIRTIO_PORT: Final = re.compile(r"virtio:[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+_COM_PORT: Final = re.compile(r"com[1-4]")
+_NETWORK: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+_IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+
+VmSettings: TypeAlias = Mapping[str, object]
+"""What was set, checked, under the names of ``VmConfig``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmConfig:
+    """A virtual machine, defaults filled in. ``disk`` is None where it is ``image``'s."""
+
+    image: str | None = None
+    disk: Path | None = None
+    uri: str = DEFAULT_URI
+    cdrom: Path | None = None
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    firmware: Firmware = "bios"
+    tpm: bool = False
+    memory: int = 2048
+    cpus: int = 1
+    bus: Bus = "virtio"
+    nic: Nic = "virtio"
+    network: str = USER_NETWORK
+    enlightenments: bool = False
+    kernel_log: KernelLogKind = "none"
+    kernel_log_port: str = "virtio:kdriver.trace"
+    agent: AgentKind = "serial"
+    agent_port: str | int = "virtio:kdriver.agent"
+    ssh_user: str = "root"
+    ssh_key: Path | None = None
+    ssh_known_hosts: Path | None = None
+    ssh_command: str = "kdagent"
+    boot_timeout: float = 300.0
+
+    @property
+    def ssh_port(self) -> int:
+        """The guest's TCP port that its SSH server listens at."""
+        return self.agent_port if isinstance(self.agent_port, int) else 22
+
+
+def vm_config(*settings: VmSettings) -> VmConfig:
+    """The machine that ``settings`` make, the later counting more than the earlier."""
+    merged: dict[str, object] = {}
+    for some in settings:
+        merged |= some
+    return VmConfig(**merged)  # type: ignore[arg-type]  # each was checked
+
+
+def parse_vm(table: Mapping[str, object], where: str, folder: Path) -> dict[str, object]:
+    """Check the keys of a virtual machine, each of which may be left out. Raises ``ConfigError``.
+
+    ``where`` says what is being read, ``folder`` what paths are relative to.
+    """
+    settings = {}
+    for key, value in table.items():
+        try:
+            settings[key] = _CHECKS[key](value, folder)
+        except _Refused as refused:
+            raise ConfigError(f"{where}: {key} is {value!r}; allowed: {refused}") from None
+    port = settings.get("agent_port")
+    if settings.get("agent") == "ssh" and isinstance(port, str):
+        raise ConfigError(f"{where}: agent_port is {port!r}; for ssh it is a TCP port")
+    if settings.get("agent") == "serial" and isinstance(port, int):
+        raise ConfigError(f"{where}: agent_port is {port!r}; allowed: {_PORT_WORDS}")
+    return settings
+
+
+class _Refused(Exception):
+    """A value that can't be; the message says what can."""
+
+
+_Check: TypeAlias = Callable[[object, Path], object]
+_PORT_WORDS: Final = '"virtio:NAME", "com1" to "com4"'
+
+
+def _one_of(*words: str) -> _Check:
+    def check(value: object, _: Path) -> object:
+        if value not in words:
+            raise _Refused(", ".join(words))
+        return value
+
+    return check
+
+
+def _matching(pattern: re.Pattern[str], words: str) -> _Check:
+    def check(value: object, _: Path) -> object:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise _Refused(words)
+        return value
+
+    return check
+
+
+def _between(least: int, most: int, words: str) -> _Check:
+    def check(value: object, _: Path) -> object:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise _Refused(f"{words}, {least} to {most}")
+        return value
+
+    return check
+
+
+def _flag(value: object, _: Path) -> object:
+    if not isinstance(value, bool):
+        raise _Refused("true, false")
+    return value
+
+
+def _text(value: object, _: Path) -> object:
+    if not isinstance(value, str) or not value or any(not sign.isprintable() for sign in value):
+        raise _Refused("a line of text")
+    return value
+
+
+def _path(value: object, folder: Path) -> object:
+    return folder / Path(cast("str", _text(value, folder))).expanduser()
+
+
+def _seconds(value: object, _: Path) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+        raise _Refused("seconds, more than 0")
+    return float(value)
+
+
+def _agent_port(value: object, folder: Path) -> object:
+    if isinstance(value, int):
+        return _between(1, 65535, "a TCP port")(value, folder)
+    return _port(value, folder)
+
+
+def _port(value: object, _: Path) -> object:
+    if not isinstance(value, str) or not (
+        _VIRTIO_PORT.fullmatch(value) or _COM_PORT.fullmatch(value)
+    ):
+        raise _Refused(_PORT_WORDS)
+    return value
+
+
+_CHECKS: Final[Mapping[str, _Check]] = {
+    "image": _matching(_IMAGE, "the name of a disk image, see kdriver image list"),
+    "disk": _path,
+    "uri": _text,
+    "cdrom": _path,
+    "kernel": _path,
+    "initrd": _path,
+    "cmdline": _text,
+    "firmware": _one_of("bios", "uefi"),
+    "tpm": _flag,
+    "memory": _between(64, 1 << 20, "MiB"),
+    "cpus": _between(1, 64, "a number"),
+    "bus": _one_of("virtio", "sata"),
+    "nic": _one_of("virtio", "e1000e", "none"),
+    "network": _matching(_NETWORK, '"user", or the name of a libvirt network'),
+    "enlightenments": _flag,
+    "kernel_log": _one_of("wine-trace", "none"),
+    "kernel_log_port": _port,
+    "agent": _one_of("serial", "ssh"),
+    "agent_port": _agent_port,
+    "ssh_user": _text,
+    "ssh_key": _path,
+    "ssh_known_hosts": _path,
+    "ssh_command": _text,
+    "boot_timeout": _seconds,
+}
+
+VM_KEYS: Final = tuple(_CHECKS)
