@@ -1,0 +1,1 @@
+"""Guests under libvirt and QEMU. Nothing outside of here imports libvirt."""

@@ -1,0 +1,419 @@
+"""A guest under libvirt: its life, its monitor, its snapshots, its screen."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import libvirt
+import libvirt_qemu
+
+from pytest_kdriver.errors import TargetError
+from pytest_kdriver.targets.libvirt.connection import Hypervisor, call
+from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec, domain_xml
+
+SnapshotMethod = Literal["qmp", "libvirt"]
+
+_START_TIMEOUT: Final = 60.0
+_MONITOR_TIMEOUT: Final = 30.0
+_SNAPSHOT_TIMEOUT: Final = 120.0
+_JOB_INTERVAL: Final = 0.005
+_RESETS_WHILE_BOOTING: Final = 2  # Windows does it; a triple fault does it again and again
+
+_DROP: Final = (
+    libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
+    | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
+    | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+)
+
+_STATUS: Final = {  # QEMU's RunState: those in which a guest no longer runs, for good
+    "internal-error": "paused by an internal error of the accelerator",
+    "io-error": "paused, as its disk could not be written or read",
+    "guest-panicked": "its kernel panicked",
+    "shutdown": "shut down",
+    "watchdog": "paused by its watchdog",
+    "paused": "paused from outside",
+}
+
+_STATES: Final = {
+    libvirt.VIR_DOMAIN_NOSTATE: "no state",
+    libvirt.VIR_DOMAIN_RUNNING: "running",
+    libvirt.VIR_DOMAIN_BLOCKED: "blocked",
+    libvirt.VIR_DOMAIN_PAUSED: "paused",
+    libvirt.VIR_DOMAIN_SHUTDOWN: "shutting down",
+    libvirt.VIR_DOMAIN_SHUTOFF: "shut off",
+    libvirt.VIR_DOMAIN_CRASHED: "crashed",
+    libvirt.VIR_DOMAIN_PMSUSPENDED: "suspended",
+}
+
+_GONE: Final = "QEMU ended: it was killed, or it crashed"
+
+
+class Domain:
+    """One domain. ``stopped`` is None while it runs as it should, else why it does not.
+
+    ``on_stop`` is called with the same words as soon as an event of libvirt's or QEMU's says so, in the thread
+    that hears it: it must not wait, nor ask libvirt. One thread at a time uses the rest.
+    """
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        spec: DomainSpec,
+        *,
+        on_stop: Callable[[str], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.resets = 0
+        self._hypervisor = hypervisor
+        self._on_stop = on_stop
+        self._lock = threading.Lock()
+        self._stopped: str | None = "not started"
+        self._resets_allowed = _RESETS_WHILE_BOOTING
+        self._callbacks: list[Callable[[], object]] = []
+        self._methods: dict[str, SnapshotMethod] = {}
+        self._jobs = 0
+
+    @property
+    def stopped(self) -> str | None:
+        return self._stopped
+
+    @property
+    def state(self) -> str:
+        """What libvirt calls the domain's state; "undefined" where it knows none."""
+        try:
+            return _STATES.get(call(self._domain().state)[0], "unknown")
+        except TargetError as e:
+            if _is_gone(e):
+                return "undefined"
+            raise
+
+    def define(self) -> None:
+        """Tell libvirt of it. Raises ``TargetError``."""
+        connection = self._hypervisor.connection
+        flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE
+        try:
+            call(connection.defineXMLFlags, domain_xml(self.spec), flags)
+        except TargetError as e:
+            raise TargetError(f"libvirt refuses the domain: {e}") from e
+
+    def start(self, *, timeout: float = _START_TIMEOUT) -> None:
+        """Start QEMU; the guest begins to boot. Raises ``TargetError``."""
+        self._listen()
+        self._hypervisor.watch(self._reconnected)
+        with self._lock:
+            self._stopped = None
+            self.resets = 0
+            self._resets_allowed = _RESETS_WHILE_BOOTING
+        try:
+            call(self._domain().create, timeout=timeout)
+        except TargetError as e:
+            self._forget_events()
+            with self._lock:
+                self._stopped = f"did not start: {e}"
+            raise TargetError(f"QEMU does not start: {e}") from e
+        self._check_status()
+
+    def destroy(self) -> None:
+        """End QEMU, whatever it does. Raises ``TargetError`` where it stays."""
+        self._forget_events()
+        with self._lock:
+            self._stopped = "ended"
+        try:
+            call(self._domain().destroy)
+        except TargetError as e:
+            if not _is_gone(e):
+                raise
+
+    def undefine(self) -> None:
+        """Have libvirt forget it, and what it kept for it (UEFI variables, the TPM's state)."""
+        try:
+            call(self._domain().undefineFlags, _DROP)
+        except TargetError as e:
+            if not _is_gone(e):
+                raise
+
+    def monitor(
+        self, command: str, *, timeout: float = _MONITOR_TIMEOUT, **arguments: object
+    ) -> Any:
+        """Do a QMP command; what it returned. ``_`` in an argument's name is QMP's ``-``."""
+        request: dict[str, object] = {"execute": command}
+        if arguments:
+            request["arguments"] = {name.replace("_", "-"): v for name, v in arguments.items()}
+        text = call(
+            libvirt_qemu.qemuMonitorCommand, self._domain(), json.dumps(request), 0, timeout=timeout
+        )
+        reply = json.loads(text)
+        if "error" in reply:
+            raise TargetError(f"QEMU's {command}: {reply['error'].get('desc', reply['error'])}")
+        return reply["return"]
+
+    def forwarded(self, port: int) -> int:
+        """The port on 127.0.0.1 that leads to this TCP port of the guest."""
+        listing = self.monitor("human-monitor-command", command_line="info usernet")
+        pattern = rf"^\s*TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+{port}\s"
+        if match := re.search(pattern, listing, re.MULTILINE):
+            return int(match[1])
+        raise TargetError(f"no port of the host leads to the guest's port {port}")
+
+    def snapshot_save(
+        self,
+        tag: str,
+        *,
+        method: SnapshotMethod | None = None,
+        timeout: float = _SNAPSHOT_TIMEOUT,
+    ) -> SnapshotMethod:
+        """Keep memory and disk under ``tag``; by which way. The guest pauses meanwhile, and goes on.
+
+        By QMP where that is sound, since QEMU and its sockets live on through a load; else by libvirt,
+        whose revert starts QEMU anew. From the first snapshot on a reset of the guest counts as its end.
+        """
+        if method is None:
+            try:
+                return self.snapshot_save(tag, method="qmp", timeout=timeout)
+            except TargetError:
+                if self.stopped is not None:
+                    raise
+                return self.snapshot_save(tag, method="libvirt", timeout=timeout)
+        if method == "qmp":
+            self._save_by_qmp(tag, timeout)
+        else:
+            xml = f"<domainsnapshot><name>{_tag(tag)}</name></domainsnapshot>"
+            call(self._domain().snapshotCreateXML, xml, 0, timeout=timeout)
+        self._methods[tag] = method
+        self._resets_allowed = self.resets
+        return method
+
+    def snapshot_load(self, tag: str, *, timeout: float = _SNAPSHOT_TIMEOUT) -> None:
+        """Put memory and disk back to what they were at the save. Raises ``TargetError``."""
+        if self._methods.get(tag) == "libvirt":
+            snapshot = call(self._domain().snapshotLookupByName, tag)
+            call(self._domain().revertToSnapshot, snapshot, 0, timeout=timeout)
+            with self._lock:
+                self._stopped = None
+        else:
+            node, devices = self._writable_nodes()
+            self._do_job("snapshot-load", timeout, tag=_tag(tag), vmstate=node, devices=devices)
+        self._check_status()
+
+    def snapshot_delete(self, tag: str, *, timeout: float = _SNAPSHOT_TIMEOUT) -> None:
+        """Forget a snapshot. Raises ``TargetError``."""
+        if self._methods.pop(tag, "qmp") == "libvirt":
+            snapshot = call(self._domain().snapshotLookupByName, tag)
+            call(snapshot.delete, 0, timeout=timeout)
+        else:
+            _, devices = self._writable_nodes()
+            self._do_job("snapshot-delete", timeout, tag=_tag(tag), devices=devices)
+
+    def screenshot(self, path: Path, *, timeout: float = _MONITOR_TIMEOUT) -> None:
+        """Write the guest's screen to ``path``, a PNG. Raises ``TargetError``."""
+        connection = self._hypervisor.connection
+        stream = call(connection.newStream)
+        kind = call(self._domain().screenshot, stream, 0, 0, timeout=timeout)
+        parts: list[bytes] = []
+
+        def take(_stream: libvirt.virStream, data: bytes, _opaque: object) -> int:
+            parts.append(data)
+            return len(data)
+
+        call(stream.recvAll, take, None, timeout=timeout)
+        call(stream.finish)
+        if kind != "image/png":  # QEMU before 7.1
+            raise TargetError(f"libvirt gives a screenshot as {kind}; one in PNG needs QEMU 7.1")
+        path.write_bytes(b"".join(parts))
+
+    def console_tail(self, lines: int = 20) -> list[str]:
+        """The last lines that the guest said on its console; none where that is not a file."""
+        return console_tail(self.spec.console, lines) if self.spec.console is not None else []
+
+    def _save_by_qmp(self, tag: str, timeout: float) -> None:
+        node, devices = self._writable_nodes()
+        self._do_job("snapshot-save", timeout, tag=_tag(tag), vmstate=node, devices=devices)
+
+    def _writable_nodes(self) -> tuple[str, list[str]]:
+        """The disk's node, and all that a snapshot has to hold.
+
+        Not what can't be written, and not a raw pflash: it can't hold snapshots, the guest's memory has
+        its content, and QEMU writes it back after a load.
+        """
+        inserted = [block.get("inserted") for block in self.monitor("query-block")]
+        nodes = [i["node-name"] for i in inserted if i and not i["ro"] and i["drv"] == "qcow2"]
+        if len(nodes) != 1:
+            raise TargetError(f"a snapshot needs one writable qcow2 disk, there are {len(nodes)}")
+        return nodes[0], nodes
+
+    def _do_job(self, command: str, timeout: float, **arguments: object) -> None:
+        self._jobs += 1
+        job = f"kdriver-{os.getpid()}-{self._jobs}"
+        deadline = time.monotonic() + timeout
+        self.monitor(command, job_id=job, timeout=timeout, **arguments)
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            jobs = self.monitor("query-jobs", timeout=left + 1)
+            found = next((entry for entry in jobs if entry["id"] == job), None)
+            if found is None:
+                raise TargetError(f"QEMU forgot its {command}")
+            if found["status"] == "concluded":
+                break
+            if not left:
+                raise TargetError(f"QEMU's {command} was not over after {timeout:g} s")
+            time.sleep(_JOB_INTERVAL)
+        self.monitor("job-dismiss", id=job)
+        if "error" in found:
+            raise TargetError(f"QEMU's {command}: {found['error']}")
+
+    def _domain(self) -> libvirt.virDomain:
+        return call(self._hypervisor.connection.lookupByName, self.spec.name)
+
+    # What is learnt from events. libvirt's thread only notes them; ours asks.
+
+    def _listen(self) -> None:
+        connection, domain = self._hypervisor.connection, self._domain()
+        lifecycle = call(
+            connection.domainEventRegisterAny,
+            domain,
+            libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE,
+            self._on_lifecycle,
+            None,
+        )
+        qemu = call(
+            libvirt_qemu.qemuMonitorEventRegister, connection, domain, None, self._on_event, None
+        )
+        self._callbacks = [
+            lambda: connection.domainEventDeregisterAny(lifecycle),
+            lambda: libvirt_qemu.qemuMonitorEventDeregister(connection, qemu),
+        ]
+
+    def _forget_events(self) -> None:
+        self._hypervisor.unwatch(self._reconnected)
+        callbacks, self._callbacks = self._callbacks, []
+        for deregister in callbacks:
+            with suppress(libvirt.libvirtError):
+                deregister()
+
+    def _on_lifecycle(
+        self, _connection: object, _domain: object, event: int, detail: int, _opaque: object
+    ) -> None:
+        if event == libvirt.VIR_DOMAIN_EVENT_STOPPED:
+            if detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_FROM_SNAPSHOT:
+                return  # libvirt's own revert: it starts it again
+            if detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED:
+                self._note("ended from outside (virsh destroy?)")
+            elif detail == libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN:
+                self._note("shut down")
+            else:
+                self._note(_GONE)
+        elif event == libvirt.VIR_DOMAIN_EVENT_CRASHED:
+            self._note("its kernel panicked")
+        elif event == libvirt.VIR_DOMAIN_EVENT_UNDEFINED:
+            return
+
+    def _on_event(
+        self,
+        _connection: object,
+        _domain: object,
+        event: str,
+        _seconds: int,
+        _micros: int,
+        details: str | None,
+        _opaque: object,
+    ) -> None:
+        told = json.loads(details) if details else {}
+        if event == "STOP":
+            self._hypervisor.defer(self._check_status)
+        elif event == "GUEST_PANICKED":
+            self._note(f"its kernel panicked{_panic(told.get('info'))}")
+        elif event == "SHUTDOWN" and told.get("guest"):
+            self._note("the guest shut itself down")
+        elif event == "BLOCK_IO_ERROR" and told.get("action") == "stop":
+            why = "no space left on the host's disk" if told.get("nospace") else told.get("reason")
+            self._note(f"paused, as its disk could not be written or read: {why}")
+        elif event == "RESET" and told.get("guest"):
+            self._note_reset()
+
+    def _note_reset(self) -> None:
+        self.resets += 1
+        if self.resets <= self._resets_allowed:
+            return
+        if self.resets == 1 or self._methods:
+            self._note("the guest reset itself (a reboot, or a triple fault)")
+        else:
+            self._note(
+                f"the guest reset itself {self.resets} times while it booted (triple faults?)"
+            )
+
+    def _check_status(self) -> None:
+        status = self.monitor("query-status")["status"]
+        if status in _STATUS:
+            self._note(_STATUS[status])
+
+    def _reconnected(self, back: bool) -> None:
+        if not back:
+            self._note("libvirt's daemon is gone")
+            return
+        try:
+            self._listen()
+            if call(self._domain().isActive):
+                self._check_status()
+            else:
+                self._note(_GONE)
+        except TargetError as e:
+            self._note(f"lost when libvirt's daemon came back: {e}")
+
+    def _note(self, reason: str) -> None:
+        """Keep the first reason, and tell whoever waits."""
+        with self._lock:
+            if self._stopped is not None:
+                return
+            self._stopped = reason
+        if self._on_stop is not None:
+            self._on_stop(reason)
+
+
+def console_tail(path: Path, lines: int = 20) -> list[str]:
+    """The last lines of a console's file; none where nothing was said."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 200 * lines))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return [_printable(line) for line in text.splitlines() if line.strip()][-lines:]
+
+
+def _printable(line: str) -> str:
+    """The line without what a terminal would obey: a guest wrote it."""
+    plain = re.sub(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[@-_])", "", line)
+    return "".join(c if c.isprintable() else "?" for c in plain)
+
+
+def _tag(tag: str) -> str:
+    """A snapshot's name, checked. One of digits alone would be taken for a number."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,62}", tag):
+        raise ValueError(f"{tag!r} can't be a snapshot's name")
+    return tag
+
+
+def _is_gone(error: TargetError) -> bool:
+    """Whether libvirt said that it knows no such domain, or that it does not run."""
+    cause = error.__cause__
+    return isinstance(cause, libvirt.libvirtError) and cause.get_error_code() in {
+        libvirt.VIR_ERR_NO_DOMAIN,
+        libvirt.VIR_ERR_OPERATION_INVALID,
+    }
+
+
+def _panic(info: dict[str, Any] | None) -> str:
+    """What the panic device says: on Windows the bug check and its parameters."""
+    if not info or info.get("type") != "hyper-v":
+        return ""
+    code, *parameters = (int(info.get(f"arg{n}", 0)) for n in range(1, 6))
+    return f": bug check {code:#x} ({', '.join(f'{p:#x}' for p in parameters)})"
