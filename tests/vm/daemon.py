@@ -36,7 +36,8 @@ def daemon_user() -> pwd.struct_passwd:
     except KeyError:
         pass
     home = f"/var/lib/{USER}"
-    options = ["--system", "--user-group", "--create-home", f"--home-dir={home}"]
+    groups = [f"--groups={group.gr_name}" for group in grp.getgrall() if group.gr_name == "kvm"]
+    options = [*groups, "--system", "--user-group", "--create-home", f"--home-dir={home}"]
     subprocess.run(["useradd", *options, "--shell=/usr/sbin/nologin", USER], check=True)
     return pwd.getpwnam(USER)
 
@@ -47,6 +48,7 @@ class PrivateLibvirt:
     def __init__(self) -> None:
         remove_leftovers()
         self._user = daemon_user()
+        self._groups = os.getgrouplist(self._user.pw_name, self._user.pw_gid)
         self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -81,7 +83,7 @@ class PrivateLibvirt:
                 start_new_session=True,  # a Ctrl-C at the terminal is ours
                 user=self._user.pw_uid,
                 group=self._user.pw_gid,
-                extra_groups=_groups(),
+                extra_groups=None if os.geteuid() else self._groups,
             )
         ready = ["virsh", "-c", self.uri, "version"]
         deadline = time.monotonic() + _START_TIMEOUT
@@ -124,15 +126,6 @@ class PrivateLibvirt:
         for part in ("kdriver-test-libvirt", "capabilities"):
             kept = self._make(kept / part)
         (below / "cache").symlink_to(kept)
-
-
-def _groups() -> list[int] | None:
-    """As on a runner, the daemon's user may open /dev/kvm: whether it works is to be found out."""
-    if os.geteuid() != 0:
-        return None
-    with suppress(KeyError):
-        return [grp.getgrnam("kvm").gr_gid]
-    return []
 
 
 def remove_leftovers() -> None:

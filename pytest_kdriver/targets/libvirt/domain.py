@@ -60,8 +60,8 @@ _GONE: Final = "QEMU ended: it was killed, or it crashed"
 class Domain:
     """One domain. ``stopped`` is None while it runs as it should, else why it does not.
 
-    ``on_stop`` is called with the same words as soon as an event of libvirt's or QEMU's says so, in the thread
-    that hears it: it must not wait, nor ask libvirt. One thread at a time uses the rest.
+    ``on_stop`` is called with the same words as soon as an event of libvirt's or QEMU's says so, in the
+    thread that hears it: it must not wait, nor ask libvirt. One thread at a time uses the rest.
     """
 
     def __init__(
@@ -127,19 +127,11 @@ class Domain:
         self._forget_events()
         with self._lock:
             self._stopped = "ended"
-        try:
-            call(self._domain().destroy)
-        except TargetError as e:
-            if not _is_gone(e):
-                raise
+        end_domain(self._hypervisor, self.spec.name)
 
     def undefine(self) -> None:
         """Have libvirt forget it, and what it kept for it (UEFI variables, the TPM's state)."""
-        try:
-            call(self._domain().undefineFlags, _DROP)
-        except TargetError as e:
-            if not _is_gone(e):
-                raise
+        undefine_domain(self._hypervisor, self.spec.name)
 
     def monitor(
         self, command: str, *, timeout: float = _MONITOR_TIMEOUT, **arguments: object
@@ -376,6 +368,24 @@ class Domain:
             self._stopped = reason
         if self._on_stop is not None:
             self._on_stop(reason)
+
+
+def end_domain(hypervisor: Hypervisor, name: str) -> None:
+    """End the QEMU of a domain, if it runs. Raises ``TargetError`` where it stays."""
+    try:
+        call(call(hypervisor.connection.lookupByName, name).destroy)
+    except TargetError as e:
+        if not _is_gone(e):
+            raise
+
+
+def undefine_domain(hypervisor: Hypervisor, name: str) -> None:
+    """Have libvirt forget a domain that does not run, and all that it kept for it."""
+    try:
+        call(call(hypervisor.connection.lookupByName, name).undefineFlags, _DROP)
+    except TargetError as e:
+        if not _is_gone(e):
+            raise
 
 
 def console_tail(path: Path, lines: int = 20) -> list[str]:
