@@ -148,7 +148,7 @@ class HostStream:
         while not stream.ended:
             payload = stream.receive_data(receive())
 
-    Before ``synced`` nothing is to be sent but what ``begin`` and ``sync`` give; behind it, ``encode_payload``.
+    Before ``synced`` nothing is to be sent but what ``begin`` and ``sync`` give, then payload.
     ``begin`` may be called again at any time: the session before is over then, and so is all that is still on
     its way.
     """

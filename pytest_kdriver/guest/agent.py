@@ -27,7 +27,7 @@ from pytest_kdriver.errors import (
 )
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.frames import MAX_REPLY, PROTOCOL_VERSION, Decoder, Frame, Kind, encode
-from pytest_kdriver.guest.links.link import Link
+from pytest_kdriver.guest.links.link import Link, PortLink
 from pytest_kdriver.guest.messages import Completed, Process, Request, ServiceStatus
 from pytest_kdriver.guest.registry import RegistryValue, decode_value, encode_value
 from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
@@ -66,6 +66,15 @@ PUT_CHUNK = 512 << 10
 
 PUT_WINDOW = 4
 """How many such messages are on their way at a time."""
+
+CLOCK_TOLERANCE = 2.0
+"""How far, in seconds, a clock may be from what it was just set to."""
+
+_TICKS = 10_000_000
+"""How many of a FILETIME's units are in a second."""
+
+_UNIX_EPOCH = 11_644_473_600 * _TICKS
+"""1970, as a FILETIME."""
 
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
@@ -144,6 +153,8 @@ class Agent:
     ``AgentError``. When the link ends, all that waits fails with ``LinkError`` at once, and so does every
     later call.
 
+    Where the link is a port's, ``resume`` begins anew with the same agent.
+
     Paths are the guest's, absolute. Registry keys are below HKEY_LOCAL_MACHINE. The callbacks of a
     ``Future`` run on the thread that reads the link: they must not wait for another answer.
     """
@@ -156,8 +167,13 @@ class Agent:
         self._pending: dict[int, _Pending] = {}
         self._last_request = 0
         self._failure: Exception | None = None
-        self._reader = threading.Thread(target=self._read, name="kdriver-agent", daemon=True)
-        self._reader.start()
+        self._suspended = False
+        self._reader = self._start_reader()
+
+    def _start_reader(self) -> threading.Thread:
+        reader = threading.Thread(target=self._read, name="kdriver-agent", daemon=True)
+        reader.start()
+        return reader
 
     @classmethod
     def connect(cls, link: Link, *, timeout: float) -> Agent:
@@ -167,19 +183,23 @@ class Agent:
         is an error, ``AgentProtocolError`` if it is none, or not of this version.
         """
         agent = cls(link)
+        agent._greet(timeout)
+        return agent
+
+    def _greet(self, timeout: float) -> None:
         try:
-            hello = agent._call(messages.Hello(protocol=PROTOCOL_VERSION), timeout)
+            hello = self._call(messages.Hello(protocol=PROTOCOL_VERSION), timeout)
             if hello.protocol != PROTOCOL_VERSION:
                 raise AgentProtocolError(
                     f"the agent speaks version {hello.protocol} of the protocol, "
                     f"this package {PROTOCOL_VERSION}: put its own kdagent.exe into the guest"
                 )
         except BaseException as error:
-            agent.close()
-            if isinstance(error, LinkError) and isinstance(agent._failure, AgentProtocolError):
-                raise agent._failure from None  # what is there spoke first, and is no agent
+            self.close()
+            if isinstance(error, LinkError) and isinstance(self._failure, AgentProtocolError):
+                raise self._failure from None  # what is there spoke first, and is no agent
             raise
-        agent.info = AgentInfo(
+        self.info = AgentInfo(
             protocol=hello.protocol,
             version=hello.version,
             architecture=hello.architecture,
@@ -189,7 +209,40 @@ class Agent:
             pid=hello.pid,
             operations=frozenset(hello.operations),
         )
-        return agent
+
+    def resume(self, *, timeout: float) -> None:
+        """Begin anew with the agent at the same port, after the guest was put back to a snapshot.
+
+        All that waits for an answer fails with ``LinkError``; devices that were open are closed, and ``info``
+        is asked for again. Errors are those of ``connect``, and the link is closed then. ``TypeError`` for a
+        link that is no port's: it does not survive what this is for.
+        """
+        link = self._link
+        if not isinstance(link, PortLink):
+            raise TypeError(f"a {type(link).__name__} can't be resumed; connect anew")
+        if threading.current_thread() is self._reader:
+            raise RuntimeError("resume was called by a Future's callback, which must not wait")
+        deadline = time.monotonic() + timeout
+        self._suspended = True
+        try:
+            link.suspend()
+            self._reader.join()
+            self._fail_pending("the guest was put back")
+            if self._failure is not None:
+                raise LinkError("resume: the link to the agent has ended") from self._failure
+            link.resync(timeout)
+        except BaseException:
+            self._fail(LinkError("the link to the agent has ended"))
+            raise
+        self._suspended = False
+        self._reader = self._start_reader()
+        self._greet(_left(deadline))
+
+    @property
+    def pending(self) -> int:
+        """How many requests wait for an answer."""
+        with self._lock:
+            return len(self._pending)
 
     @property
     def closed(self) -> bool:
@@ -197,7 +250,7 @@ class Agent:
         return self._failure is not None
 
     def close(self) -> None:
-        """End the link, and with it the agent's process."""
+        """End the link, and with it the agent's process, but for one that stays at its port."""
         self._link.close()
         if threading.current_thread() is not self._reader:
             self._reader.join()
@@ -394,6 +447,37 @@ class Agent:
         )
         return self._call(request, time_limit + RUN_MARGIN if timeout is None else timeout)
 
+    def clock(self, *, timeout: float = DEFAULT_TIMEOUT) -> float:
+        """What time it is in the guest, in seconds since 1970."""
+        return (self._call(messages.Clock(), timeout).time - _UNIX_EPOCH) / _TICKS
+
+    def set_clock(self, unix_seconds: float, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Say what time it is, in seconds since 1970. ``AgentError`` if the guest does not take it.
+
+        Wine does not set the system's clock: there the guest's own ``date`` is run.
+        """
+        said = time.monotonic()
+        if self.info.wine_version is None:
+            ticks = round(unix_seconds * _TICKS) + _UNIX_EPOCH
+            self._call(messages.SetClock(time=ticks), timeout)
+            return
+        done = self.run(
+            [r"Z:\bin\date", "-u", "-s", f"@{unix_seconds:.3f}"],
+            time_limit=timeout,
+            timeout=timeout,
+        )
+        off = self.clock(timeout=timeout) - unix_seconds - (time.monotonic() - said)
+        if abs(off) > CLOCK_TOLERANCE:
+            told = done.stderr.decode(errors="replace").strip() or "date said nothing"
+            raise AgentError(
+                f"the guest's clock is {off:+.1f} s off behind date ({told}); it may be set by root alone",
+                operation="set_clock",
+            )
+
+    def free_space(self, path: str, *, timeout: float = DEFAULT_TIMEOUT) -> int:
+        """How much room, in bytes, the agent may use of the disk that the folder ``path`` is on."""
+        return self._call(messages.FreeSpace(path=path), timeout).bytes
+
     # devices
 
     def open_device(self, path: str, *, time_limit: float) -> OpenResult:
@@ -497,7 +581,8 @@ class Agent:
         except AgentProtocolError as error:
             failure = error
         finally:
-            self._fail(failure)
+            if not self._suspended:
+                self._fail(failure)
 
     def _take(self, frame: Frame) -> None:
         if frame.request == 0 and frame.kind is Kind.ERROR:
@@ -529,16 +614,20 @@ class Agent:
 
     def _fail(self, failure: Exception) -> None:
         with self._lock:
-            self._failure = failure
+            self._failure = self._failure or failure
+        if isinstance(failure, AgentProtocolError):
+            self._fail_pending(failure)
+        else:
+            self._fail_pending("the link to the agent ended before the answer")
+        self._link.close()
+
+    def _fail_pending(self, why: AgentProtocolError | str) -> None:
+        with self._lock:
             left = list(self._pending.values())
             self._pending.clear()
         for pending in left:
             name = messages.OPERATION_OF[type(pending.request)].name
-            if isinstance(failure, AgentProtocolError):
-                pending.fail(failure)
-            else:
-                pending.fail(LinkError(f"{name}: the link to the agent ended before the answer"))
-        self._link.close()
+            pending.fail(LinkError(f"{name}: {why}") if isinstance(why, str) else why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,6 +188,20 @@ class IoEnded(Message):
     data: bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileTime(Message):
+    """A time: 100 ns since 1601, UTC."""
+
+    time: U64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room(Message):
+    """What the caller may use of a disk, in bytes."""
+
+    bytes: U64
+
+
 # What the host asks.
 
 
@@ -422,6 +436,25 @@ class CloseDevice(Request[Done]):
     device: U32
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock(Request[FileTime]):
+    """What time is it?"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetClock(Request[Done]):
+    """NtSetSystemTime, with a time as ``FileTime`` has it."""
+
+    time: U64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeSpace(Request[Room]):
+    """How much room the disk has that a folder is on."""
+
+    path: str
+
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """What can be asked: its number, its name, and its messages."""
@@ -463,6 +496,9 @@ OPERATIONS = (
     Operation(28, "write_device", WriteDevice, IoEnded),
     Operation(29, "ioctl", Ioctl, IoEnded),
     Operation(30, "close_device", CloseDevice, Done),
+    Operation(31, "clock", Clock, FileTime),
+    Operation(32, "set_clock", SetClock, Done),
+    Operation(33, "free_space", FreeSpace, Room),
 )
 
 OPERATION_OF = {operation.request: operation for operation in OPERATIONS}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Link(Protocol):
@@ -34,5 +34,25 @@ class Link(Protocol):
         """End the stream and free what it holds, within a bounded time.
 
         A ``receive`` or ``send`` that waits returns at once. To close again does nothing.
+        """
+        ...
+
+
+@runtime_checkable
+class PortLink(Link, Protocol):
+    """A link over a port, which stays while sessions come and go."""
+
+    def suspend(self) -> None:
+        """End this session: from now on ``receive`` gives ``b""``, and ``send`` is a ``LinkError``.
+
+        Who waits in one of them returns at once. ``resync`` begins the next session.
+        """
+        ...
+
+    def resync(self, timeout: float) -> None:
+        """Begin a new session over the same port, after the guest was put back to a snapshot, say.
+
+        Whatever is still on its way is dropped. ``TimeoutError`` if the agent does not answer in time, and
+        ``LinkError`` if the port is gone.
         """
         ...

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pytest_kdriver.errors import LinkError
+from pytest_kdriver.guest.links.outbox import Outbox
 
 CLOSE_TIMEOUT = 5.0
 """How long, in seconds, a child may take to end after its input did, before it is killed."""
@@ -62,8 +63,7 @@ class ProcessLink:
         self._close_timeout = close_timeout
         self._closed = False
         self._ended = False
-        self._unsent = b""
-        self._sending = threading.Lock()
+        self._outbox = Outbox(self._write)
         self._receiving = threading.Lock()
         self._closing = threading.Lock()
 
@@ -79,17 +79,7 @@ class ProcessLink:
 
     def send(self, data: bytes, timeout: float) -> None:
         """See ``Link.send``."""
-        deadline = time.monotonic() + timeout
-        if not self._sending.acquire(timeout=max(timeout, 0)):
-            raise TimeoutError(f"the agent did not read for {timeout:g} s")
-        try:
-            self._unsent = self._write(self._unsent, deadline)
-            rest = data if self._unsent else self._write(data, deadline)
-            if len(rest) == len(data) > 0:
-                raise TimeoutError(f"the agent did not read for {timeout:g} s")
-            self._unsent = self._unsent or rest
-        finally:
-            self._sending.release()
+        self._outbox.send(data, timeout)
 
     def _write(self, data: bytes, deadline: float) -> bytes:
         """Write until all is written or the time is up, and give the rest."""
@@ -140,7 +130,7 @@ class ProcessLink:
                 return
             self._closed = True
             os.eventfd_write(self._wake, 1)
-            with self._sending, self._receiving:
+            with self._outbox.lock, self._receiving:
                 self._input.close()
                 self._reap()
                 self._output.close()

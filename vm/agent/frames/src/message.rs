@@ -133,6 +133,12 @@ operations! { 'a
     29 "ioctl" Ioctl(Ioctl<'a>) -> IoEnded<'_>;
     /// Cancel what is on its way, then NtClose.
     30 "close_device" CloseDevice(Device) -> Done;
+    /// What time is it?
+    31 "clock" Clock(Done) -> FileTime;
+    /// NtSetSystemTime.
+    32 "set_clock" SetClock(FileTime) -> Done;
+    /// How much room a disk has.
+    33 "free_space" FreeSpace(Path<'a>) -> FreeSpace;
 }
 
 messages! {
@@ -405,6 +411,16 @@ messages! {
         output_size: u32,
         /// Milliseconds.
         time_limit: u32,
+    }
+    /// A time.
+    FileTime {
+        /// 100 ns since 1601, UTC.
+        time: u64,
+    }
+    /// A disk's room.
+    FreeSpace {
+        /// What the caller may use of it.
+        bytes: u64,
     }
     /// How input or output ended, or that it did not.
     IoEnded<'a> {

@@ -1,26 +1,27 @@
 //! The agent's end of the byte stream to the host.
 
 use alloc::vec::Vec;
-use core::ptr::null_mut;
+use core::ptr::{null, null_mut};
 
+use crate::failure::{Answer, check};
+use crate::handle::Owned;
 use crate::{sys, text};
 
-/// A duplex byte stream: one thread reads, one at a time writes.
-///
-/// Standard input and output are the one kind so far. A port opened for both directions must be opened
-/// overlapped, for otherwise Windows lets a write wait for the read before it.
-pub struct End {
-    input: sys::Handle,
-    output: sys::Handle,
+/// How long to wait, in milliseconds, before a port is asked again that has nobody at its other side.
+const NOBODY: u32 = 50;
+
+/// Which end the command line asks for.
+pub enum Choice {
+    /// Standard input and output, which end with the host.
+    Stdio,
+    /// The same, which are a port.
+    Resident,
+    /// A port to open, by its name with a NUL behind it.
+    Port(Vec<u16>),
 }
 
-// SAFETY: handles are numbers that all threads of the process may use.
-unsafe impl Send for End {}
-// SAFETY: as above.
-unsafe impl Sync for End {}
-
-impl End {
-    /// The end that the command line names; None if it cannot be understood.
+impl Choice {
+    /// None if the command line cannot be understood.
     pub fn from_command_line() -> Option<Self> {
         let line = text::command_line();
         let arguments = match line.strip_prefix('"') {
@@ -30,12 +31,39 @@ impl End {
                 .map_or("", |split| split.1),
         };
         match arguments.split_whitespace().collect::<Vec<_>>()[..] {
-            [] | ["--end", "stdio"] => Some(Self::stdio()),
+            [] | ["--end", "stdio"] => Some(Choice::Stdio),
+            ["--end", "resident"] => Some(Choice::Resident),
+            ["--end", "port", name] => text::wide(name).ok().map(Choice::Port),
             _ => None,
         }
     }
+}
 
-    fn stdio() -> Self {
+/// A duplex byte stream: one thread reads, one at a time writes.
+pub struct End {
+    input: sys::Handle,
+    output: sys::Handle,
+    /// Of a port that was opened for both directions, without which Windows would let a write wait for the
+    /// read before it.
+    events: Option<[Owned; 2]>,
+    is_port: bool,
+}
+
+// SAFETY: handles are numbers that all threads of the process may use.
+unsafe impl Send for End {}
+// SAFETY: as above.
+unsafe impl Sync for End {}
+
+impl End {
+    pub fn open(choice: &Choice) -> Answer<Self> {
+        match choice {
+            Choice::Stdio => Ok(Self::stdio(false)),
+            Choice::Resident => Ok(Self::stdio(true)),
+            Choice::Port(name) => Self::port(name),
+        }
+    }
+
+    fn stdio(is_port: bool) -> Self {
         // SAFETY: no preconditions.
         let [input, output] = [sys::STD_INPUT_HANDLE, sys::STD_OUTPUT_HANDLE]
             .map(|which| unsafe { sys::GetStdHandle(which) });
@@ -44,29 +72,71 @@ impl End {
             // SAFETY: a handle that is none makes it fail, which is all right.
             unsafe { sys::SetHandleInformation(handle, sys::HANDLE_FLAG_INHERIT, 0) };
         }
-        End { input, output }
+        End {
+            input,
+            output,
+            events: None,
+            is_port,
+        }
     }
 
-    /// Reads what is there, waiting for it; 0 at the end and after it broke.
+    fn port(name: &[u16]) -> Answer<Self> {
+        // SAFETY: the name ends with a NUL, and null stands for nothing.
+        let file = unsafe {
+            sys::CreateFileW(
+                name.as_ptr(),
+                sys::GENERIC_READ | sys::GENERIC_WRITE,
+                0,
+                null(),
+                sys::OPEN_EXISTING,
+                sys::FILE_FLAG_OVERLAPPED,
+                null_mut(),
+            )
+        };
+        let file = Owned::new(file, "open the port")?;
+        set_up_com_port(file.raw())?;
+        let (input, output) = (file.raw(), file.raw());
+        core::mem::forget(file); // it stays open as long as the process lives
+        Ok(End {
+            input,
+            output,
+            events: Some([new_event()?, new_event()?]),
+            is_port: true,
+        })
+    }
+
+    /// Whether hosts come and go.
+    pub fn is_port(&self) -> bool {
+        self.is_port
+    }
+
+    /// Reads what is there, waiting for it; 0 at the end and after it broke, and never of a port.
     pub fn read(&self, buffer: &mut [u8]) -> usize {
         loop {
-            let mut count = 0;
-            // SAFETY: the buffer is as long as told.
-            let result = unsafe {
-                sys::ReadFile(
-                    self.input,
-                    buffer.as_mut_ptr(),
-                    buffer.len() as u32,
-                    &mut count,
-                    null_mut(),
-                )
-            };
-            match count as usize {
-                _ if result == 0 => return 0,
-                0 if self.is_live_pipe() => {}
-                count => return count,
+            match self.try_read(buffer) {
+                Ok(count @ 1..) => return count,
+                _ if self.is_port => {
+                    // SAFETY: no preconditions.
+                    unsafe { sys::Sleep(NOBODY) };
+                }
+                Ok(0) if self.is_live_pipe() => {}
+                _ => return 0,
             }
         }
+    }
+
+    fn try_read(&self, buffer: &mut [u8]) -> Result<usize, ()> {
+        let event = self.events.as_ref().map(|[reading, _]| reading);
+        // SAFETY: the buffer is as long as told, and stays until the transfer is over.
+        transfer(self.input, event, |count, overlapped| unsafe {
+            sys::ReadFile(
+                self.input,
+                buffer.as_mut_ptr(),
+                buffer.len() as u32,
+                count,
+                overlapped,
+            )
+        })
     }
 
     /// Of a pipe, no bytes are a write of none, if the other side is still there.
@@ -78,25 +148,104 @@ impl End {
         result != 0
     }
 
-    /// Writes all of it, or says that the stream broke.
-    pub fn write(&self, mut data: &[u8]) -> Result<(), ()> {
+    /// Writes all of it, or says that the stream broke. To a port it is tried again until `is_over`.
+    pub fn write(&self, mut data: &[u8], is_over: impl Fn() -> bool) -> Result<(), ()> {
         while !data.is_empty() {
-            let mut count = 0;
-            // SAFETY: the buffer is as long as told.
-            let result = unsafe {
-                sys::WriteFile(
-                    self.output,
-                    data.as_ptr(),
-                    data.len() as u32,
-                    &mut count,
-                    null_mut(),
-                )
-            };
-            if result == 0 || count == 0 {
-                return Err(());
+            match self.try_write(data) {
+                Ok(count @ 1..) => data = &data[count..],
+                _ if self.is_port && !is_over() => {
+                    // SAFETY: no preconditions.
+                    unsafe { sys::Sleep(NOBODY) };
+                }
+                _ => return Err(()),
             }
-            data = &data[count as usize..];
         }
         Ok(())
     }
+
+    fn try_write(&self, data: &[u8]) -> Result<usize, ()> {
+        let event = self.events.as_ref().map(|[_, writing]| writing);
+        // SAFETY: the buffer is as long as told, and stays until the transfer is over.
+        transfer(self.output, event, |count, overlapped| unsafe {
+            sys::WriteFile(
+                self.output,
+                data.as_ptr(),
+                data.len() as u32,
+                count,
+                overlapped,
+            )
+        })
+    }
+}
+
+/// Makes a transfer and waits until it is over; the event is there if the file is overlapped.
+fn transfer(
+    file: sys::Handle,
+    event: Option<&Owned>,
+    begin: impl FnOnce(*mut u32, *mut sys::Overlapped) -> sys::Bool,
+) -> Result<usize, ()> {
+    let mut count = 0;
+    let Some(event) = event else {
+        return match begin(&mut count, null_mut()) {
+            0 => Err(()),
+            _ => Ok(count as usize),
+        };
+    };
+    let mut overlapped = sys::Overlapped {
+        internal: 0,
+        internal_high: 0,
+        offset: 0,
+        offset_high: 0,
+        event: event.raw(),
+    };
+    // What is not over goes on behind the call, and uses this until then.
+    let overlapped = &raw mut overlapped;
+    // SAFETY: no preconditions.
+    if begin(null_mut(), overlapped) == 0 && unsafe { sys::GetLastError() } != sys::ERROR_IO_PENDING
+    {
+        return Err(());
+    }
+    // SAFETY: the structure is this file's transfer's.
+    match unsafe { sys::GetOverlappedResult(file, overlapped, &mut count, sys::TRUE) } {
+        0 => Err(()),
+        _ => Ok(count as usize),
+    }
+}
+
+fn new_event() -> Answer<Owned> {
+    // SAFETY: null stands for nothing.
+    let event = unsafe { sys::CreateEventW(null(), sys::TRUE, 0, null()) };
+    Owned::new(event, "make an event")
+}
+
+/// Sets a COM port to 115200 baud, 8 bits, no parity, one stop bit, no flow control, and has its reads return
+/// what is there. A port of another kind has none of these.
+fn set_up_com_port(file: sys::Handle) -> Answer {
+    let mut state = sys::CommState {
+        size: size_of::<sys::CommState>() as u32,
+        ..Default::default()
+    };
+    // SAFETY: the structure says its size.
+    if unsafe { sys::GetCommState(file, &mut state) } == 0 {
+        return Ok(());
+    }
+    state.baud_rate = 115_200;
+    state.flags = sys::COMM_BINARY | sys::COMM_DTR_ENABLE | sys::COMM_RTS_ENABLE;
+    state.byte_size = 8;
+    state.parity = sys::NO_PARITY;
+    state.stop_bits = sys::ONE_STOP_BIT;
+    // SAFETY: as above.
+    let result = unsafe { sys::SetCommState(file, &state) };
+    check(result, "set up the COM port")?;
+    // These three together: wait for the first byte, so many milliseconds, and return with it and what came.
+    let timeouts = sys::CommTimeouts {
+        read_interval: u32::MAX,
+        read_multiplier: u32::MAX,
+        read_constant: u32::MAX - 1,
+        write_multiplier: 0,
+        write_constant: 0,
+    };
+    // SAFETY: the structure is what is asked for.
+    let result = unsafe { sys::SetCommTimeouts(file, &timeouts) };
+    check(result, "set up the COM port")
 }

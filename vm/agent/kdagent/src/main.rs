@@ -1,14 +1,16 @@
 //! kdagent: the program in the guest that does what the host asks, over a duplex byte stream.
 //!
 //! ```text
-//! kdagent [--end stdio]
+//! kdagent [--end stdio]      one host, at standard input and output
+//! kdagent --end resident     hosts that come and go, at standard input and output, which are a port
+//! kdagent --end port NAME    the same at a port that is opened: \\.\COM1, \\.\Global\com.kdriver.agent.0
 //! ```
 //!
 //! No C runtime and nothing to install: it imports kernel32, advapi32 and ntdll alone, of Windows 10 and
-//! later and of Wine 8 and later. It ends at once when its input ends.
+//! later and of Wine 8 and later. It ends at once when its input ends, but for that of a port, which does not.
 //!
-//! Exit codes: 0 the input ended, 2 the host broke the protocol, 3 a bug of ours (told on stderr), 64 a
-//! command line that it does not know.
+//! Exit codes: 0 the input ended, 1 the port can't be opened, 2 the host broke the protocol, 3 a bug of ours
+//! (both told on stderr), 64 a command line that it does not know.
 #![no_std]
 #![no_main]
 
@@ -21,13 +23,16 @@ mod handle;
 mod requests;
 mod runtime;
 mod server;
+mod session;
 mod sync;
 mod sys;
 mod text;
 mod thread;
 mod workers;
 
-use end::End;
+use alloc::format;
+
+use end::{Choice, End};
 use server::Server;
 
 /// What the linker is told, so that a build needs neither a build script nor a configuration.
@@ -45,9 +50,14 @@ extern "system" fn start() -> ! {
             sys::SEM_FAILCRITICALERRORS | sys::SEM_NOGPFAULTERRORBOX | sys::SEM_NOOPENFILEERRORBOX,
         )
     };
-    let Some(end) = End::from_command_line() else {
-        runtime::complain(b"usage: kdagent [--end stdio]\n");
+    let Some(choice) = Choice::from_command_line() else {
+        runtime::complain(b"usage: kdagent [--end stdio|resident|port NAME]\n");
         runtime::exit(64);
     };
-    Server::serve(end)
+    if let Err(failure) = End::open(&choice).and_then(Server::serve) {
+        let error = failure.to_message();
+        let complaint = format!("kdagent: can't {}: error {}\n", error.message, error.code);
+        runtime::complain(complaint.as_bytes());
+    }
+    runtime::exit(1)
 }

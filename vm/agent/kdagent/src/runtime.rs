@@ -68,6 +68,15 @@ pub fn exit(code: u32) -> ! {
     }
 }
 
+/// A number that nobody has had before.
+pub fn random() -> u128 {
+    let mut bytes = [0; 16];
+    // SAFETY: the buffer is as long as told.
+    let result = unsafe { sys::SystemFunction036(bytes.as_mut_ptr(), bytes.len() as u32) };
+    assert!(result != 0, "the system has no random numbers");
+    u128::from_ne_bytes(bytes)
+}
+
 /// As much of a text as fits, without the heap: it may be the reason for the panic, or locked.
 struct Words {
     text: [u8; 1024],

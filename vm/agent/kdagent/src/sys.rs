@@ -58,6 +58,12 @@ pub const PIPE_ACCESS_INBOUND: u32 = 1;
 pub const PIPE_ACCESS_OUTBOUND: u32 = 2;
 pub const PIPE_REJECT_REMOTE_CLIENTS: u32 = 8;
 
+pub const COMM_BINARY: u32 = 1; // bits of `CommState::flags`
+pub const COMM_DTR_ENABLE: u32 = 0x10;
+pub const COMM_RTS_ENABLE: u32 = 0x1000;
+pub const NO_PARITY: u8 = 0;
+pub const ONE_STOP_BIT: u8 = 0;
+
 pub const SYNCHRONIZE: u32 = 0x0010_0000;
 pub const PROCESS_TERMINATE: u32 = 1;
 pub const PROCESS_QUERY_LIMITED_INFORMATION: u32 = 0x1000;
@@ -99,6 +105,33 @@ pub struct Overlapped {
     pub offset: u32,
     pub offset_high: u32,
     pub event: Handle,
+}
+
+/// DCB.
+#[repr(C)]
+#[derive(Default)]
+pub struct CommState {
+    pub size: u32,
+    pub baud_rate: u32,
+    pub flags: u32,
+    pub reserved: u16,
+    pub xon_limit: u16,
+    pub xoff_limit: u16,
+    pub byte_size: u8,
+    pub parity: u8,
+    pub stop_bits: u8,
+    pub characters: [i8; 5],
+    pub reserved_too: u16,
+}
+
+/// COMMTIMEOUTS, in milliseconds.
+#[repr(C)]
+pub struct CommTimeouts {
+    pub read_interval: u32,
+    pub read_multiplier: u32,
+    pub read_constant: u32,
+    pub write_multiplier: u32,
+    pub write_constant: u32,
 }
 
 #[repr(C)]
@@ -273,9 +306,16 @@ unsafe extern "system" {
     pub fn DeleteFileW(path: *const u16) -> Bool;
     pub fn DeleteProcThreadAttributeList(list: *mut c_void);
     pub fn FlushFileBuffers(file: Handle) -> Bool;
+    pub fn GetCommState(file: Handle, state: *mut CommState) -> Bool;
     pub fn GetCommandLineW() -> *const u16;
     pub fn GetCurrentProcess() -> Handle;
     pub fn GetCurrentProcessId() -> u32;
+    pub fn GetDiskFreeSpaceExW(
+        path: *const u16,
+        free_to_caller: *mut u64,
+        size: *mut u64,
+        free: *mut u64,
+    ) -> Bool;
     pub fn GetExitCodeProcess(process: Handle, code: *mut u32) -> Bool;
     pub fn GetFileSizeEx(file: Handle, size: *mut u64) -> Bool;
     pub fn GetLastError() -> u32;
@@ -289,6 +329,7 @@ unsafe extern "system" {
     pub fn GetProcAddress(module: Handle, name: *const u8) -> *const c_void;
     pub fn GetProcessHeap() -> Handle;
     pub fn GetStdHandle(which: u32) -> Handle;
+    pub fn GetSystemTimePreciseAsFileTime(time: *mut u64);
     pub fn GetTickCount64() -> u64;
     pub fn HeapAlloc(heap: Handle, flags: u32, size: usize) -> *mut c_void;
     pub fn HeapFree(heap: Handle, flags: u32, block: *mut c_void) -> Bool;
@@ -321,6 +362,8 @@ unsafe extern "system" {
     ) -> Bool;
     pub fn ReleaseSRWLockExclusive(lock: *mut usize);
     pub fn ResumeThread(thread: Handle) -> u32;
+    pub fn SetCommState(file: Handle, state: *const CommState) -> Bool;
+    pub fn SetCommTimeouts(file: Handle, timeouts: *const CommTimeouts) -> Bool;
     pub fn SetErrorMode(mode: u32) -> u32;
     pub fn SetEvent(event: Handle) -> Bool;
     pub fn SetHandleInformation(handle: Handle, mask: u32, flags: u32) -> Bool;
@@ -442,6 +485,8 @@ unsafe extern "system" {
         data: *mut u8,
         size: *mut u32,
     ) -> u32;
+    /// RtlGenRandom.
+    pub fn SystemFunction036(buffer: *mut u8, size: u32) -> u8;
     pub fn StartServiceW(service: Handle, count: u32, arguments: *const *const u16) -> Bool;
 }
 
@@ -495,6 +540,7 @@ unsafe extern "system" {
         offset: *const i64,
         key: *const u32,
     ) -> u32;
+    pub fn NtSetSystemTime(time: *const u64, previous: *mut u64) -> u32;
     pub fn NtSetValueKey(
         key: Handle,
         name: *const UnicodeString,

@@ -1,11 +1,13 @@
 //! The threads that requests run on.
 
 use alloc::collections::VecDeque;
+use alloc::sync::Arc;
 
 use frames::Frame;
 
 use crate::requests::Kind;
 use crate::server::Server;
+use crate::session::Session;
 use crate::sync::{Condition, Mutex};
 use crate::thread;
 
@@ -23,13 +25,16 @@ pub struct Workers {
 }
 
 struct State {
-    requests: VecDeque<(Kind, Frame)>,
+    requests: VecDeque<(Kind, Job)>,
     threads: usize,
     /// How many requests of each kind are being served or waiting for it.
     busy: [usize; Kind::COUNT],
-    refusals: VecDeque<Frame>,
+    refusals: VecDeque<Job>,
     refusing: bool,
 }
+
+/// A request, and whose it is.
+type Job = (Arc<Session>, Frame);
 
 impl Workers {
     pub const fn new() -> Self {
@@ -48,22 +53,27 @@ impl Workers {
     /// Has the request served, or refused where too many threads are busy. Waits for neither.
     ///
     /// An error says that even the refusals are too many.
-    pub fn submit(server: &'static Server, request: Frame) -> Result<(), ()> {
+    pub fn submit(
+        server: &'static Server,
+        session: &Arc<Session>,
+        request: Frame,
+    ) -> Result<(), ()> {
         let workers = &server.workers;
         let kind = Kind::of(&request);
         let mut state = workers.state.lock();
         if state.busy[kind as usize] < MAX_OF_A_KIND && workers.find_thread(server, &mut state) {
             state.busy[kind as usize] += 1;
-            state.requests.push_back((kind, request));
+            state.requests.push_back((kind, (session.clone(), request)));
             return Ok(());
         }
         if state.refusals.len() == MAX_REFUSALS {
             return Err(());
         }
-        state.refusals.push_back(Frame {
+        let refused = Frame {
             body: Default::default(),
             ..request
-        });
+        };
+        state.refusals.push_back((session.clone(), refused));
         if !state.refusing {
             state.refusing = thread::spawn(move || workers.refuse(server)).is_ok();
         }
@@ -85,12 +95,13 @@ impl Workers {
     fn work(&self, server: &'static Server) {
         let mut state = self.state.lock();
         loop {
-            let Some((kind, request)) = state.requests.pop_front() else {
+            let Some((kind, (session, request))) = state.requests.pop_front() else {
                 self.wake.wait(&mut state);
                 continue;
             };
             drop(state);
-            server.serve_request(&request);
+            server.serve_request(&session, &request);
+            drop(session);
             state = self.state.lock();
             state.busy[kind as usize] -= 1;
         }
@@ -99,12 +110,12 @@ impl Workers {
     fn refuse(&self, server: &'static Server) {
         loop {
             let mut state = self.state.lock();
-            let Some(request) = state.refusals.pop_front() else {
+            let Some((session, request)) = state.refusals.pop_front() else {
                 state.refusing = false;
                 return;
             };
             drop(state);
-            server.refuse(&request);
+            server.refuse(&session, &request);
         }
     }
 }

@@ -13,6 +13,7 @@ use super::transfer::{Transfer, new_event};
 use crate::failure::{Answer, Failure};
 use crate::handle::Owned;
 use crate::server::Reply;
+use crate::session::Session;
 use crate::sync::Mutex;
 use crate::{sys, text};
 
@@ -66,7 +67,7 @@ impl Devices {
         };
         self.take_back(transfer);
         let (status, device) = match result? {
-            Ok(file) => (0, self.keep(file)?),
+            Ok(file) => (0, self.keep(file, reply.session())?),
             Err(status) => (status, 0),
         };
         reply.send(&DeviceOpened {
@@ -77,8 +78,12 @@ impl Devices {
         Ok(())
     }
 
-    fn keep(&self, file: Owned) -> Answer<u32> {
+    fn keep(&self, file: Owned, session: &Session) -> Answer<u32> {
         let mut open = self.open.lock();
+        if session.is_over() {
+            drop(open);
+            return Err(NO_DEVICE);
+        }
         if open.len() == MAX_DEVICES {
             drop(open);
             return Err(Failure::Refused("too many devices are open"));
@@ -235,6 +240,19 @@ impl Devices {
         self.calls.cancel_all(device);
         drop(file);
         Ok(())
+    }
+
+    /// All that are open, which nobody finds any more. Those of a session that is over stay away.
+    pub fn take_all(&self) -> BTreeMap<u32, Arc<Owned>> {
+        core::mem::take(&mut *self.open.lock())
+    }
+
+    /// Closes devices that were taken.
+    pub fn close_all(&'static self, devices: BTreeMap<u32, Arc<Owned>>) {
+        for (device, file) in devices {
+            self.calls.cancel_all(device);
+            drop(file);
+        }
     }
 }
 

@@ -23,7 +23,7 @@ fn call(
     function: unsafe extern "system" fn(*const sys::UnicodeString) -> u32,
     service: &str,
 ) -> Answer<Code> {
-    enable_load_driver_privilege()?;
+    enable_privilege("SeLoadDriverPrivilege", "enable SeLoadDriverPrivilege")?;
     let path = text::wide(&format!(
         r"\Registry\Machine\System\CurrentControlSet\Services\{service}"
     ))?;
@@ -49,10 +49,10 @@ pub fn open_token(access: u32) -> Answer<Owned> {
     Owned::new(token, DOING)
 }
 
-fn enable_load_driver_privilege() -> Answer {
-    const DOING: &str = "enable SeLoadDriverPrivilege";
+/// Enables a privilege that this process's token has.
+pub fn enable_privilege(name: &str, doing: &'static str) -> Answer {
     let token = open_token(sys::TOKEN_QUERY | sys::TOKEN_ADJUST_PRIVILEGES)?;
-    let name = text::wide("SeLoadDriverPrivilege")?;
+    let name = text::wide(name)?;
     let mut privilege = sys::TokenPrivilege {
         count: 1,
         luid: [0; 2],
@@ -60,14 +60,14 @@ fn enable_load_driver_privilege() -> Answer {
     };
     // SAFETY: the name ends with a NUL.
     let found = unsafe { sys::LookupPrivilegeValueW(null(), name.as_ptr(), &mut privilege.luid) };
-    check(found, DOING)?;
+    check(found, doing)?;
     // SAFETY: `count` says how many privileges there are; nothing is asked back.
     let result = unsafe {
         sys::AdjustTokenPrivileges(token.raw(), 0, &privilege, 0, null_mut(), null_mut())
     };
-    check(result, DOING)?;
+    check(result, doing)?;
     // The call succeeds also where the token lacks the privilege; the last error alone tells.
-    match Failure::last(DOING) {
+    match Failure::last(doing) {
         lacking if lacking.win32_code() == Some(sys::ERROR_NOT_ALL_ASSIGNED) => Err(lacking),
         _ => Ok(()),
     }

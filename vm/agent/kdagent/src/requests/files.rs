@@ -8,11 +8,12 @@ use alloc::vec::Vec;
 use core::ptr::{null, null_mut};
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use frames::{Sha256, Upload};
+use frames::{FreeSpace, Sha256, Upload};
 
 use crate::failure::{Answer, Failure, check};
 use crate::handle::Owned;
 use crate::server::Reply;
+use crate::session::Session;
 use crate::sync::Mutex;
 use crate::{sys, text};
 
@@ -188,7 +189,7 @@ fn create_folder(path: &mut [u16], end: usize) -> Answer {
 static UNFINISHED: Mutex<BTreeMap<u32, Vec<u16>>> = Mutex::new(BTreeMap::new());
 
 /// A file on its way in, under another name until it is whole. Dropped before, it is deleted.
-struct Temporary {
+pub struct Temporary {
     id: u32,
     file: Option<Owned>,
     name: Vec<u16>,
@@ -295,10 +296,14 @@ impl Uploads {
         }
     }
 
-    pub fn begin(&self, path: &str) -> Answer<Upload> {
+    pub fn begin(&self, path: &str, session: &Session) -> Answer<Upload> {
         let upload = self.next.fetch_add(1, Ordering::Relaxed);
         let file = Arc::new(Temporary::create(path, upload)?);
         let mut files = self.files.lock();
+        if session.is_over() {
+            drop(files);
+            return Err(NO_UPLOAD);
+        }
         if files.len() == MAX_UPLOADS {
             drop(files);
             return Err(Failure::Refused("too many files at a time"));
@@ -341,9 +346,24 @@ impl Uploads {
         self.take(upload).map(drop)
     }
 
+    /// All that are on their way in, which nobody finds any more. Those of a session that is over stay away.
+    pub fn take_all(&self) -> BTreeMap<u32, Arc<Temporary>> {
+        core::mem::take(&mut *self.files.lock())
+    }
+
     fn take(&self, upload: u32) -> Answer<Arc<Temporary>> {
         self.files.lock().remove(&upload).ok_or(NO_UPLOAD)
     }
+}
+
+/// How much room the disk has that a folder is on, in bytes, for who asks.
+pub fn free_space(path: &str) -> Answer<FreeSpace> {
+    let path = text::wide(path)?;
+    let mut bytes = 0;
+    // SAFETY: the path ends with a NUL, and null stands for what is not asked for.
+    let result =
+        unsafe { sys::GetDiskFreeSpaceExW(path.as_ptr(), &mut bytes, null_mut(), null_mut()) };
+    check(result, "ask for the disk's room").map(|()| FreeSpace { bytes })
 }
 
 /// Deletes all that is on its way in, whichever thread is at it: the process is about to end.

@@ -58,7 +58,7 @@ pub fn serve(server: &'static Server, request: Request<'_>, reply: &mut Reply) -
     let devices = &server.devices;
     match request {
         Request::Hello(_) => reply.send(&system::hello()),
-        Request::PutBegin(m) => reply.send(&uploads.begin(m.path)?),
+        Request::PutBegin(m) => reply.send(&uploads.begin(m.path, reply.session())?),
         Request::PutData(m) => {
             uploads.write(m.upload, m.offset, m.data)?;
             reply.send(&Done {});
@@ -120,7 +120,7 @@ pub fn serve(server: &'static Server, request: Request<'_>, reply: &mut Reply) -
             processes::terminate(m.pid, m.exit_code)?;
             reply.send(&Done {});
         }
-        Request::WaitProcess(m) => reply.send(&processes::wait(m.pid)?),
+        Request::WaitProcess(m) => reply.send(&processes::wait(m.pid, reply.session())?),
         Request::SystemInformation(m) => {
             let data = system::information(m.class)?;
             reply.send(&frames::Information { data: &data });
@@ -138,6 +138,12 @@ pub fn serve(server: &'static Server, request: Request<'_>, reply: &mut Reply) -
             devices.close(m.device)?;
             reply.send(&Done {});
         }
+        Request::Clock(_) => reply.send(&system::clock()),
+        Request::SetClock(m) => {
+            system::set_clock(m.time)?;
+            reply.send(&Done {});
+        }
+        Request::FreeSpace(m) => reply.send(&files::free_space(m.path)?),
     }
     Ok(())
 }

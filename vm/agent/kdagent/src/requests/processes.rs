@@ -6,6 +6,7 @@ use frames::{ExitCode, Process, Processes};
 
 use crate::failure::{Answer, Failure, check};
 use crate::handle::Owned;
+use crate::session::Session;
 use crate::{sys, text};
 
 /// The processes that run.
@@ -58,15 +59,18 @@ pub fn terminate(pid: u32, exit_code: u32) -> Answer {
     check(result, "end the process")
 }
 
-/// Waits until a process has ended.
-pub fn wait(pid: u32) -> Answer<ExitCode> {
+/// Waits until a process has ended, or the session.
+pub fn wait(pid: u32, session: &Session) -> Answer<ExitCode> {
     let process = open(
         pid,
         sys::SYNCHRONIZE | sys::PROCESS_QUERY_LIMITED_INFORMATION,
     )?;
-    // SAFETY: the handle is one of a process.
-    if unsafe { sys::WaitForSingleObject(process.raw(), sys::INFINITE) } != sys::WAIT_OBJECT_0 {
-        return Err(Failure::last("wait for the process"));
+    let handles = [process.raw(), session.over()];
+    // SAFETY: there are two handles, of a process and of an event.
+    match unsafe { sys::WaitForMultipleObjects(2, handles.as_ptr(), 0, sys::INFINITE) } {
+        sys::WAIT_OBJECT_0 => {}
+        _ if session.is_over() => return Err(Failure::Refused("the host is gone")),
+        _ => return Err(Failure::last("wait for the process")),
     }
     Ok(ExitCode {
         exit_code: exit_code(&process)?,

@@ -12,6 +12,7 @@ use crate::clock::now;
 use crate::failure::{Answer, Failure, check};
 use crate::handle::Owned;
 use crate::server::Reply;
+use crate::session::Session;
 use crate::{sys, text};
 
 /// How long, in milliseconds, the outputs of a program that has ended may be silent and still be waited for.
@@ -33,7 +34,7 @@ pub fn run(request: &Run<'_>, reply: &mut Reply) -> Answer {
     let program = Program::start(request, [their_input, their_output, their_error])?;
     let mut pipes = [input, output, error];
     let timed_out = program
-        .follow(&mut pipes, u64::from(request.time_limit))
+        .follow(&mut pipes, u64::from(request.time_limit), reply.session())
         .inspect_err(|_| program.end())?;
     let exit_code = match &program.process {
         Some(process) if !timed_out => Some(exit_code(process)?),
@@ -123,8 +124,13 @@ impl Program {
         }
     }
 
-    /// Serves the pipes until the program has ended; says whether its time was up.
-    fn follow(&self, pipes: &mut [Pipe<'_>; 3], time_limit: u64) -> Answer<bool> {
+    /// Serves the pipes until the program has ended; says whether its time was up, by the session's end too.
+    fn follow(
+        &self,
+        pipes: &mut [Pipe<'_>; 3],
+        time_limit: u64,
+        session: &Session,
+    ) -> Answer<bool> {
         let limit = now() + time_limit;
         let mut ended_at: Option<u64> = None;
         let mut timed_out = false;
@@ -139,7 +145,10 @@ impl Program {
                 _ if handles.is_empty() => return Ok(timed_out),
                 _ => {}
             }
-            // SAFETY: there are as many handles as told, one to four, all open.
+            if ended_at.is_none() {
+                handles.push(session.over());
+            }
+            // SAFETY: there are as many handles as told, one to five, all open.
             let woken = unsafe {
                 sys::WaitForMultipleObjects(
                     handles.len() as u32,
@@ -158,7 +167,7 @@ impl Program {
                     }
                     ended_at = Some(now());
                 }
-                None if now() >= limit => {
+                None if now() >= limit || session.is_over() => {
                     timed_out = true;
                     self.end();
                     ended_at = Some(now());

@@ -6,9 +6,9 @@ use alloc::vec::Vec;
 use core::ffi::{CStr, c_char};
 use core::ptr::null_mut;
 
-use frames::{HelloReply, OPERATIONS, PROTOCOL_VERSION};
+use frames::{FileTime, HelloReply, OPERATIONS, PROTOCOL_VERSION};
 
-use super::drivers::open_token;
+use super::drivers::{enable_privilege, open_token};
 use crate::failure::{Answer, Failure};
 use crate::{sys, text};
 
@@ -124,6 +124,27 @@ pub fn information(class: u32) -> Answer<Vec<u8>> {
         }
     }
     unreachable!()
+}
+
+/// What time it is.
+pub fn clock() -> FileTime {
+    let mut time = 0;
+    // SAFETY: a FILETIME is as long as a u64.
+    unsafe { sys::GetSystemTimePreciseAsFileTime(&mut time) };
+    FileTime { time }
+}
+
+/// Says what time it is.
+pub fn set_clock(time: u64) -> Answer {
+    enable_privilege("SeSystemtimePrivilege", "enable SeSystemtimePrivilege")?;
+    // SAFETY: null stands for nothing.
+    match unsafe { sys::NtSetSystemTime(&time, null_mut()) } {
+        0 => Ok(()),
+        code => Err(Failure::Status {
+            doing: "set the clock",
+            code,
+        }),
+    }
 }
 
 /// Puts a mark into the kernel log, behind all that was there before.
