@@ -28,6 +28,8 @@ _DRIVER = pytest.StashKey["Driver"]()
 _VERDICT = pytest.StashKey["KdriverError"]()
 _USAGE = pytest.StashKey[str]()
 _REFUSED = pytest.StashKey[str]()
+_FAILED = pytest.StashKey[bool]()
+_KEPT = "kdriver_kept"
 
 _NOT_COLLECTED = (
     "which target? Name kdriver or kdriver_target as an argument of the test, or of a fixture that it "
@@ -56,6 +58,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--kdriver-artifacts",
         metavar="DIR",
         help="keep here what is seen of failed tests: the kernel log as text",
+    )
+    group.addoption(
+        "--kdriver-keep",
+        action="store_true",
+        help="keep the virtual machine of the first test that fails on it, and tell how to reach it",
     )
 
 
@@ -238,7 +245,24 @@ def pytest_runtest_makereport(
             driver.resume()
         elif call.when == "teardown":
             del item.stash[_DRIVER]
+    if item.config.option.kdriver_keep:
+        _keep(item, report)
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell how to reach the virtual machines that were kept."""
+    reports = (r for kind in terminalreporter.stats.values() for r in kind)
+    kept = {
+        value
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == _KEPT
+    }
+    if kept:
+        terminalreporter.section("kept")
+        for told in sorted(kept):
+            terminalreporter.write_line(told)
 
 
 def _session(config: pytest.Config) -> Session:
@@ -339,6 +363,25 @@ def _tell(item: pytest.Item, report: pytest.TestReport) -> None:
             keep(session.artifacts, f"{item.nodeid}.{report.when}", told)
         except OSError as error:
             report.sections.append(("Artifacts", f"could not be written: {error}"))
+
+
+def _keep(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Keep the target's guest behind a failed test, once its fixtures are done."""
+    if report.failed:
+        item.stash[_FAILED] = True
+    session = item.config.stash.get(_SESSION, None)
+    callspec = getattr(item, "callspec", None)
+    name = callspec.params.get("kdriver_target") if callspec is not None else None
+    if session is None or name is None or report.when != "teardown" or _FAILED not in item.stash:
+        return
+    from pytest_kdriver.errors import KdriverError
+
+    try:
+        told = session.keep(name)
+    except (KdriverError, OSError) as error:
+        told = f"the guest of {item.nodeid} could not be kept: {error}"
+    if told is not None:
+        report.user_properties.append((_KEPT, told))
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from pytest_kdriver.config import Config, Isolation, TargetConfig
 from pytest_kdriver.errors import BuildError, ConfigError, TargetError
 from pytest_kdriver.handle import CurrentTest, TargetHandle
 from pytest_kdriver.image.finder import ImageFinder
+from pytest_kdriver.targets.libvirt import require_libvirt
+from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.target import Target
 from pytest_kdriver.targets.wine import WineTarget
 
@@ -30,6 +32,7 @@ class Session:
         self.images = ImageFinder(config.root, config.manifest, profile=config.profile)
         self._targets: dict[str, Target] = {}
         self._failed: dict[str, str] = {}
+        self._kept: set[str] = set()
         self._modules: dict[str, set[str]] = {}
         """Whose traces are in each target: the modules that had it since it was put back."""
 
@@ -80,6 +83,20 @@ class Session:
             target.repair()
         modules.add(module)
 
+    def keep(self, name: str) -> str | None:
+        """Let the guest of a failed test live on, once for each target; how to reach it.
+
+        None where it can't live on, or another one does already. Raises ``TargetError``.
+        """
+        target = self._targets.get(name)
+        if target is None or name in self._kept:
+            return None
+        told = target.keep()
+        if told is not None:
+            self._kept.add(name)
+            self._modules.get(name, set()).clear()
+        return told
+
     def close(self) -> None:
         """Close all targets. Can be called again."""
         while self._targets:
@@ -101,5 +118,15 @@ def default_isolation(target: Target) -> Isolation:
 
 def make_target(config: TargetConfig, *, artifacts: Path | None = None) -> Target:
     """A target of the kind that ``config`` says. Raises ``TargetError``."""
+    if config.kind == "libvirt":
+        return _libvirt_target(config, artifacts)
     assert config.kind == "wine", "the config lets no other kind through"
     return WineTarget(config, artifacts=artifacts)
+
+
+def _libvirt_target(config: TargetConfig, artifacts: Path | None) -> Target:
+    require_libvirt()
+    from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
+
+    machine = LibvirtMachine(config, artifacts=artifacts)
+    return MachineTarget(config.name, machine, artifacts=artifacts)

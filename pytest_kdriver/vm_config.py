@@ -4,6 +4,7 @@
 
     image = "winevm"            # a disk image that kdriver makes; or, instead,
     disk = "path.qcow2"         # a disk of your own: it is never written to
+    sha256 = "9f86d0..."        # what the disk has to be
     uri = "qemu:///session"     # the libvirt, on this machine
     cdrom = "path.iso"
     kernel = "path"             # boot this kernel, with initrd and cmdline, instead of the disk's
@@ -53,6 +54,7 @@ DEFAULT_URI: Final = "qemu:///session"
 _VIRTIO_PORT: Final = re.compile(r"virtio:[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 _COM_PORT: Final = re.compile(r"com[1-4]")
 _NETWORK: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 
 VmSettings: TypeAlias = Mapping[str, object]
@@ -65,6 +67,7 @@ class VmConfig:
 
     image: str | None = None
     disk: Path | None = None
+    sha256: str = ""
     uri: str = DEFAULT_URI
     cdrom: Path | None = None
     kernel: Path | None = None
@@ -195,6 +198,7 @@ def _port(value: object, _: Path) -> object:
 _CHECKS: Final[Mapping[str, _Check]] = {
     "image": _matching(_IMAGE, "the name of a disk image, see kdriver image list"),
     "disk": _path,
+    "sha256": _matching(_SHA256, "64 lowercase hexadecimal digits"),
     "uri": _text,
     "cdrom": _path,
     "kernel": _path,

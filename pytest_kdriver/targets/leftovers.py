@@ -8,9 +8,12 @@ from typing import Final
 
 from pytest_kdriver.errors import TargetError
 from pytest_kdriver.targets import prefix
-from pytest_kdriver.targets.runs import Remover
+from pytest_kdriver.targets.libvirt import require_libvirt
+from pytest_kdriver.targets.runs import Remover, remove_tree
 
 SPILL: Final = "spilled-kernel-log"
+DOMAIN: Final = "libvirt-domain"
+SOCKETS: Final = "socket-folder"
 
 
 def remove_file(path: Path) -> None:
@@ -24,4 +27,19 @@ def _remove_prefix(path: Path) -> None:
         prefix.remove(path)
 
 
-REMOVERS: Final[dict[str, Remover]] = {prefix.RESOURCE: _remove_prefix, SPILL: remove_file}
+def _remove_domain(path: Path) -> None:
+    try:
+        require_libvirt()
+    except TargetError as error:
+        raise OSError(str(error)) from error
+    from pytest_kdriver.targets.libvirt.leftovers import remove_domain
+
+    remove_domain(path)
+
+
+REMOVERS: Final[dict[str, Remover]] = {
+    prefix.RESOURCE: _remove_prefix,
+    SPILL: remove_file,
+    DOMAIN: _remove_domain,
+    SOCKETS: remove_tree,
+}

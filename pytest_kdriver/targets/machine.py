@@ -58,6 +58,14 @@ class Machine(Protocol):
         """Put a guest back into the state that was saved; None where only a new one will do."""
         ...
 
+    def failure(self) -> str | None:
+        """Why the guest can't go on, as far as the machine knows; None where it can."""
+        ...
+
+    def keep(self, guest: Guest) -> str | None:
+        """Let a guest live on behind the run; how to reach it, in lines. None where it can't."""
+        ...
+
     def check(self, guest: Guest) -> None:
         """See that what tests rely on is in force. Raises ``TargetError`` with what mends it."""
         ...

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -35,7 +36,8 @@ START_ATTEMPTS: Final = 3
 
 FENCE_TIMEOUT: Final = 30.0
 FOLDER: Final = "C:\\kdriver"
-"""Each install has a folder of its own in it: what ran may be mapped for a while, and not to be replaced."""
+"""Each image has a folder of its own in it, named after its hash: what is there need not be copied again, and
+what ran, and may be mapped for a while, is never replaced."""
 
 
 class MachineTarget:
@@ -55,8 +57,6 @@ class MachineTarget:
         self._broken: str | None = None
         self._touched = False
         self._layouts: dict[str, ImageLayout] = {}
-        self._paths: dict[str, str] = {}
-        self._installs = 0
 
     # the guest
 
@@ -120,9 +120,10 @@ class MachineTarget:
     def _begin_run(self) -> None:
         collect_garbage(REMOVERS)
         self._run = Run()
-        self._spill = (self._artifacts or self._run.path) / f"{self._run.path.name}.events"
-        self._run.record(SPILL, self._spill)
-        self._log = KernelLog(self._spill)
+        if self._log is None:  # else the run before was kept
+            self._spill = (self._artifacts or self._run.path) / f"{self._run.path.name}.events"
+            self._run.record(SPILL, self._spill)
+            self._log = KernelLog(self._spill)
 
     def _go_on_with(self, guest: Guest) -> None:
         self._guest = guest
@@ -163,6 +164,18 @@ class MachineTarget:
         if guest is not None:
             self.machine.end(guest)
 
+    def keep(self) -> str | None:
+        """See ``Target``."""
+        guest, run = self._guest, self._run
+        told = self.machine.keep(guest) if guest is not None else None
+        if told is None or run is None:
+            return None
+        run.keep()
+        if self._loader is not None:
+            self._loader.close()
+        self._guest = self._run = None
+        return told
+
     @property
     def broken(self) -> str | None:
         """See ``Target``."""
@@ -175,7 +188,7 @@ class MachineTarget:
     def repair(self) -> None:
         """See ``Target``."""
         if self._guest is not None and self._guest.agent.closed:
-            self.break_down("its agent is gone")
+            self.break_down(self._why_gone())
         if self._broken is not None:
             self._renew()
         self.start()
@@ -265,12 +278,14 @@ class MachineTarget:
         self._layouts[service] = read_layout(image)
         deadline = time.monotonic() + timeout
         agent = self.agent
-        self._installs += 1
-        path = self._paths[service] = f"{FOLDER}\\{self._installs}\\{service}.sys"
+        content = image.read_bytes()
+        sha256 = hashlib.sha256(content).digest()
+        path = f"{FOLDER}\\{sha256.hex()[:16]}\\{service}.sys"
         key = f"SYSTEM\\CurrentControlSet\\Services\\{service}\\Parameters"
         with self.agent_errors("install"):
             try:
-                agent.put(image, path, timeout=_left(deadline))
+                if agent.hash(path, timeout=_left(deadline)) != sha256:
+                    agent.put(content, path, timeout=_left(deadline))
                 agent.create_service(service, path, timeout=_left(deadline))
             except AgentError as error:
                 if agent.query_service(service, timeout=_left(deadline)) is None:
@@ -286,8 +301,6 @@ class MachineTarget:
         """See ``Target``."""
         with self.agent_errors("uninstall"):
             self.agent.delete_service(service, timeout=timeout)
-            with suppress(AgentError):  # still mapped, where the driver has not quite gone
-                self.agent.delete(self._paths[service], timeout=timeout)
 
     def load(self, service: str, timeout: float) -> LoadOutcome:
         """See ``Target``."""
@@ -327,12 +340,18 @@ class MachineTarget:
         try:
             yield
         except LinkError as error:
-            self.break_down("its agent is gone")
-            raise TargetError(f"{phase}: {error}", target=self.name) from error
+            self.break_down(self._why_gone())
+            told = f"{phase}: {error}"
+            if failure := self.machine.failure():
+                told += f"; {failure}"
+            raise TargetError(told, target=self.name) from error
         except AgentError as error:
             if error.code not in SERVICES_GONE:
                 raise
             raise self.services_gone(f"{phase}: {error}") from error
+
+    def _why_gone(self) -> str:
+        return self.machine.failure() or "its agent is gone"
 
     def services_gone(self, told: str) -> TargetError:
         """See ``Surroundings``."""

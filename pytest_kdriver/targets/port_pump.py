@@ -55,7 +55,7 @@ class PortPump:
         """
         deadline = time.monotonic() + timeout
         with self._changed:
-            if not self._thread.is_alive():
+            if not self.alive:
                 raise LinkError("the kernel log's port is gone")
             self.failure = None
             self._source = self._new_source()
@@ -67,6 +67,11 @@ class PortPump:
                 if time.monotonic() >= deadline:
                     raise TimeoutError(f"the kernel log's port did not answer in {timeout:g} s")
                 asking = self._stream.sync()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the port is still there: a session can be begun."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Stop; the thread is gone afterwards."""

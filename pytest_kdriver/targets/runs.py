@@ -3,6 +3,8 @@
 Each target of each process has a run folder below ``<cache>/runs``. The owner holds a lock on the
 file ``lock`` in it for as long as it lives, so that a folder whose lock can be had belongs to nobody
 any more: the next run, or ``kdriver gc``, removes what its ``resources`` file names, and then the folder.
+A folder with a file ``kept`` in it is somebody's who wants to look at what is there: it stays until
+it is removed by name.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ Remover = Callable[[Path], None]
 
 _LOCK: Final = "lock"
 _RESOURCES: Final = "resources"
+_KEPT: Final = "kept"
 
 
 def runs_directory() -> Path:
@@ -48,6 +51,12 @@ class Run:
         with (self.path / _RESOURCES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "path": str(path)}) + "\n")
 
+    def keep(self) -> None:
+        """Leave the folder, and all that it names, to whoever removes it by ``remove_kept``."""
+        (self.path / _KEPT).touch(mode=0o600)
+        os.close(self._lock)
+        self._lock = -1
+
     def close(self) -> None:
         """Remove the folder. Its resources have to be gone."""
         if self._lock >= 0:
@@ -65,14 +74,34 @@ def collect_garbage(removers: dict[str, Remover]) -> list[Path]:
     removed = []
     for folder in _folders():
         with suppress(OSError), _orphaned(folder) as orphan:
-            if not orphan:
-                continue
-            for kind, path in _resources(folder):
-                if kind in removers:
-                    removers[kind](path)
-            remove_tree(folder)
-            removed.append(folder)
+            if orphan and not is_kept(folder):
+                _remove(folder, removers)
+                removed.append(folder)
     return removed
+
+
+def kept_runs() -> list[Path]:
+    """The folders of runs that were kept."""
+    return [folder for folder in _folders() if is_kept(folder)]
+
+
+def is_kept(folder: Path) -> bool:
+    """Whether a run was kept."""
+    return (folder / _KEPT).exists()
+
+
+def remove_kept(folder: Path, removers: dict[str, Remover]) -> None:
+    """Remove a run that was kept, and all that it names. Raises OSError for what must stay."""
+    with _orphaned(folder) as orphan:
+        if orphan:
+            _remove(folder, removers)
+
+
+def _remove(folder: Path, removers: dict[str, Remover]) -> None:
+    for kind, path in _resources(folder):
+        if kind in removers:
+            removers[kind](path)
+    remove_tree(folder)
 
 
 def abandoned_runs() -> list[Path]:
@@ -80,7 +109,7 @@ def abandoned_runs() -> list[Path]:
     abandoned = []
     for folder in _folders():
         with suppress(OSError), _orphaned(folder) as orphan:
-            if orphan:
+            if orphan and not is_kept(folder):
                 abandoned.append(folder)
     return abandoned
 

@@ -83,6 +83,13 @@ class Target(Protocol):
         """Return once the log has all that the kernel said before. Raises ``TargetError``."""
         ...
 
+    def keep(self) -> str | None:
+        """Let the guest live on behind this run, for somebody to look at it; how to reach it, in lines.
+
+        None where there is none that could. The next start makes a new one.
+        """
+        ...
+
     @property
     def broken(self) -> str | None:
         """Why the guest can't be trusted any more; None where it can."""
@@ -111,7 +118,7 @@ class Target(Protocol):
         ...
 
     def uninstall(self, service: str, timeout: float) -> None:
-        """Delete the service and its image."""
+        """Delete the service; its image stays until the guest is put back."""
         ...
 
     def load(self, service: str, timeout: float) -> LoadOutcome:

@@ -87,6 +87,14 @@ class WineMachine:
         """See ``Machine``."""
         return None
 
+    def failure(self) -> str | None:
+        """See ``Machine``. Nobody but the agent can tell."""
+        return None
+
+    def keep(self, guest: Guest) -> str | None:  # noqa: ARG002
+        """See ``Machine``. A prefix lives no longer than its agent, whose end of the link we are."""
+        return None
+
     def check(self, guest: Guest) -> None:
         """See ``Machine``. Nothing in a prefix can be off: it is this host's Wine, disk and clock."""
 

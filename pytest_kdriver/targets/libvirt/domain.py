@@ -88,13 +88,8 @@ class Domain:
 
     @property
     def state(self) -> str:
-        """What libvirt calls the domain's state; "undefined" where it knows none."""
-        try:
-            return _STATES.get(call(self._domain().state)[0], "unknown")
-        except TargetError as e:
-            if _is_gone(e):
-                return "undefined"
-            raise
+        """Libvirt's own word for the domain's state; "undefined" where it knows none."""
+        return domain_state(self._hypervisor, self.spec.name)
 
     def define(self) -> None:
         """Tell libvirt of it. Raises ``TargetError``."""
@@ -128,6 +123,12 @@ class Domain:
         with self._lock:
             self._stopped = "ended"
         end_domain(self._hypervisor, self.spec.name)
+
+    def forget(self) -> None:
+        """Hear nothing more of it; it goes on."""
+        self._forget_events()
+        with self._lock:
+            self._stopped = "let go"
 
     def undefine(self) -> None:
         """Have libvirt forget it, and what it kept for it (UEFI variables, the TPM's state)."""
@@ -207,20 +208,7 @@ class Domain:
 
     def screenshot(self, path: Path, *, timeout: float = _MONITOR_TIMEOUT) -> None:
         """Write the guest's screen to ``path``, a PNG. Raises ``TargetError``."""
-        connection = self._hypervisor.connection
-        stream = call(connection.newStream)
-        kind = call(self._domain().screenshot, stream, 0, 0, timeout=timeout)
-        parts: list[bytes] = []
-
-        def take(_stream: libvirt.virStream, data: bytes, _opaque: object) -> int:
-            parts.append(data)
-            return len(data)
-
-        call(stream.recvAll, take, None, timeout=timeout)
-        call(stream.finish)
-        if kind != "image/png":  # QEMU before 7.1
-            raise TargetError(f"libvirt gives a screenshot as {kind}; one in PNG needs QEMU 7.1")
-        path.write_bytes(b"".join(parts))
+        screenshot(self._hypervisor, self.spec.name, path, timeout=timeout)
 
     def console_tail(self, lines: int = 20) -> list[str]:
         """The last lines that the guest said on its console; none where that is not a file."""
@@ -368,6 +356,36 @@ class Domain:
             self._stopped = reason
         if self._on_stop is not None:
             self._on_stop(reason)
+
+
+def domain_state(hypervisor: Hypervisor, name: str) -> str:
+    """Libvirt's own word for a domain's state; "undefined" where it knows none. Raises ``TargetError``."""
+    try:
+        return _STATES.get(call(call(hypervisor.connection.lookupByName, name).state)[0], "unknown")
+    except TargetError as e:
+        if _is_gone(e):
+            return "undefined"
+        raise
+
+
+def screenshot(
+    hypervisor: Hypervisor, name: str, path: Path, *, timeout: float = _MONITOR_TIMEOUT
+) -> None:
+    """Write a domain's screen to ``path``, a PNG. Raises ``TargetError``."""
+    connection = hypervisor.connection
+    domain, stream = call(connection.lookupByName, name), call(connection.newStream)
+    kind = call(domain.screenshot, stream, 0, 0, timeout=timeout)
+    parts: list[bytes] = []
+
+    def take(_stream: libvirt.virStream, data: bytes, _opaque: object) -> int:
+        parts.append(data)
+        return len(data)
+
+    call(stream.recvAll, take, None, timeout=timeout)
+    call(stream.finish)
+    if kind != "image/png":  # QEMU before 7.1
+        raise TargetError(f"libvirt gives a screenshot as {kind}; one in PNG needs QEMU 7.1")
+    path.write_bytes(b"".join(parts))
 
 
 def end_domain(hypervisor: Hypervisor, name: str) -> None:

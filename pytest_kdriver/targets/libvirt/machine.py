@@ -1,0 +1,412 @@
+"""A virtual machine under libvirt as a target's machine.
+
+Each generation that boots is a domain of its own over a linked clone of the base disk; the ports that the agent
+and the kernel log need are Unix sockets. When the agent answers, a live snapshot is taken; a revert loads it into
+the QEMU that runs, so that the sockets stay, and begins new sessions on them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Final
+
+from pytest_kdriver.config import TargetConfig
+from pytest_kdriver.errors import LinkError, TargetError
+from pytest_kdriver.guest import messages
+from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.image.preflight import Report, preflight
+from pytest_kdriver.kernel.log import KernelLog
+from pytest_kdriver.kernel.sources.wine import WineTrace
+from pytest_kdriver.paths import cache_directory
+from pytest_kdriver.targets.disk_images import ensure
+from pytest_kdriver.targets.leftovers import DOMAIN, SOCKETS
+from pytest_kdriver.targets.libvirt.accelerator import find_accelerator, remember_failure
+from pytest_kdriver.targets.libvirt.address import Address, SerialAddress, SshAddress
+from pytest_kdriver.targets.libvirt.base_disk import BaseDisk, make_overlay
+from pytest_kdriver.targets.libvirt.connection import Hypervisor
+from pytest_kdriver.targets.libvirt.domain import Domain, SnapshotMethod
+from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
+from pytest_kdriver.targets.libvirt.kept import KeptVm
+from pytest_kdriver.targets.libvirt.leftovers import domain_resource
+from pytest_kdriver.targets.machine import Guest
+from pytest_kdriver.targets.port_pump import PortPump
+from pytest_kdriver.targets.recipe import find_recipe
+from pytest_kdriver.targets.runs import Run, remove_tree
+from pytest_kdriver.vm_config import VmConfig, vm_config
+
+_ALWAYS: Final = frozenset({"snapshots", "programs"})
+_SEEN: Final = frozenset({"kernel-log", "pool", "crashes"})
+"""What a kernel log gives."""
+
+SNAPSHOT: Final = "kdriver-first"
+ATTEMPT: Final = 5.0
+"""Seconds that one attempt to reach the agent of a guest that boots may take, before it is looked whether the
+guest still runs."""
+
+RESUME_TIMEOUT: Final = 30.0
+CLOCK_TOLERANCE: Final = 5.0
+FREE_SPACE: Final = 64 << 20
+"""Bytes that have to be free on the guest's C:."""
+
+_ASKED_FOR: Final = frozenset(operation.name for operation in messages.OPERATIONS)
+_WAYS: Final = {
+    "qmp": "QEMU's snapshot-load",
+    "libvirt": "libvirt's revert, which starts QEMU anew",
+}
+
+
+class LibvirtMachine:
+    """See ``Machine``. ``artifacts`` is where pictures go of guests that did not come up."""
+
+    def __init__(self, config: TargetConfig, *, artifacts: Path | None = None) -> None:
+        self._target = config.name
+        self._settings = config.vm
+        self._pictures = artifacts or cache_directory() / "screenshots"
+        image = config.vm.get("image")
+        self._recipe = find_recipe(str(image)) if image is not None else None
+        self._config = self._configure(Path())
+        seen = _SEEN if self._config.kernel_log != "none" else frozenset[str]()
+        self.capabilities = (_ALWAYS | seen) - config.without
+        self._hypervisor: Hypervisor | None = None
+        self._base: BaseDisk | None = None
+        self._vm: _Vm | None = None
+
+    def _configure(self, folder: Path) -> VmConfig:
+        """What the recipe and the user say; the recipe's paths are relative to the disk image's folder."""
+        of_recipe = self._recipe.settings(folder) if self._recipe is not None else {}
+        return vm_config(of_recipe, self._settings)
+
+    # what it is
+
+    def describe(self) -> str:
+        """See ``Machine``."""
+        hypervisor = self._connect()
+        accelerator = find_accelerator(hypervisor.emulator, hypervisor.owner)
+        told = (
+            f"{self._config.image or self._config.disk} under libvirt {hypervisor.version}, "
+            f"QEMU {hypervisor.qemu_version} with {accelerator.kind.upper()}"
+        )
+        if accelerator.kind != "kvm":
+            told += f", which is slow: {accelerator.reason}"
+        way = self._vm.method if self._vm is not None else None
+        return f"{told}; put back by {_WAYS[way or usual_method(self._config)]}"
+
+    def _connect(self) -> Hypervisor:
+        if self._hypervisor is None:
+            self._hypervisor = Hypervisor.open(self._config.uri)
+        return self._hypervisor
+
+    # its life
+
+    def boot(self, run: Run, log: KernelLog, generation: int) -> Guest:
+        """See ``Machine``."""
+        hypervisor = self._connect()
+        if self._recipe is not None:
+            image = ensure(self._recipe, run)
+            self._config = self._configure(image.folder)
+            base, sha256 = image.disk, image.sha256
+        else:
+            assert self._config.disk is not None
+            base, sha256 = self._config.disk, self._config.sha256
+        if self._base is None:
+            self._base = BaseDisk(base, sha256)
+        self._base.check()
+        self._vm = vm = self._make(hypervisor, run, generation)
+        try:
+            return self._bring_up(vm, log)
+        except BaseException as error:
+            told = self._last_words(vm) if isinstance(error, TargetError | TimeoutError) else ""
+            vm.end()
+            self._vm = None
+            if told:
+                raise TargetError(f"{error}{told}", target=self._target) from error
+            raise
+
+    def _make(self, hypervisor: Hypervisor, run: Run, generation: int) -> _Vm:
+        """Make the domain and all that it takes, each recorded before."""
+        config = self._config
+        assert self._base is not None
+        folder = run.path / f"vm-{generation}"
+        folder.mkdir(mode=0o700)
+        hypervisor.hand_over(run.path)
+        hypervisor.hand_over(folder)
+        hypervisor.require_access(self._base.path)
+        overlay = folder / "disk.qcow2"
+        make_overlay(self._base.path, overlay)
+        hypervisor.hand_over(overlay)
+        sockets = hypervisor.make_socket_folder()
+        run.record(SOCKETS, sockets)
+        name = f"kdriver-{self._target[:32]}-{run.path.name.rpartition('-')[2]}-{generation}"
+        run.record(DOMAIN, domain_resource(config.uri, name))
+        ports = {}
+        if config.agent == "serial":
+            ports[str(config.agent_port)] = sockets / "agent"
+        if config.kernel_log != "none":
+            ports[config.kernel_log_port] = sockets / "trace"
+        accelerator = find_accelerator(hypervisor.emulator, hypervisor.owner)
+        spec = DomainSpec(
+            name=name,
+            run=run.path.name,
+            owner_pid=os.getpid(),
+            accelerator=accelerator.kind,
+            emulator=hypervisor.emulator,
+            disk=overlay,
+            memory=config.memory,
+            cpus=config.cpus,
+            bus=config.bus,
+            cdrom=config.cdrom,
+            kernel=config.kernel,
+            initrd=config.initrd,
+            cmdline=config.cmdline or None,
+            firmware=config.firmware,
+            varstore=folder / "varstore.fd" if config.firmware == "uefi" else None,
+            tpm=config.tpm,
+            nic=config.nic,
+            network=config.network,
+            forwards=(config.ssh_port,) if config.agent == "ssh" else (),
+            ports=tuple(ports.items()),
+            console=folder / "console.log",
+        )
+        return _Vm(hypervisor, spec, sockets)
+
+    def _bring_up(self, vm: _Vm, log: KernelLog) -> Guest:
+        vm.domain.define()
+        vm.domain.start()
+        deadline = time.monotonic() + self._config.boot_timeout
+        feed = None
+        if self._config.kernel_log != "none":
+            vm.pump = feed = PortPump(vm.sockets / "trace", WineTrace, log, self._target)
+        agent = vm.agent = self._reach_agent(vm, deadline)
+        if feed is not None:
+            feed.begin(max(deadline - time.monotonic(), ATTEMPT))
+        set_clock(agent)
+        return Guest(agent, feed)
+
+    def _reach_agent(self, vm: _Vm, deadline: float) -> Agent:
+        """Have the agent's answer, or say at once why there won't be one."""
+        while True:
+            attempt = min(ATTEMPT, max(deadline - time.monotonic(), 0.1))
+            try:
+                return Agent.connect(self._address(vm).open(attempt), timeout=attempt)
+            except (LinkError, TimeoutError) as error:
+                if vm.domain.stopped is not None:
+                    raise TargetError(
+                        f"the guest stopped while it booted: {vm.domain.stopped}"
+                    ) from error
+                if time.monotonic() >= deadline:
+                    raise TargetError(
+                        f"the agent did not answer within {self._config.boot_timeout:g} s ({error}); "
+                        "a guest that needs longer gets it by boot_timeout in its config"
+                    ) from error
+                vm.stopped.wait(min(0.2, max(deadline - time.monotonic(), 0.0)))
+
+    def _address(self, vm: _Vm) -> Address:
+        config = self._config
+        if config.agent == "serial":
+            return SerialAddress(path=str(vm.sockets / "agent"))
+        return SshAddress(
+            port=vm.domain.forwarded(config.ssh_port),
+            user=config.ssh_user,
+            key=str(config.ssh_key) if config.ssh_key is not None else None,
+            known_hosts=str(config.ssh_known_hosts) if config.ssh_known_hosts is not None else None,
+            host_key_alias=f"kdriver-{config.image or self._target}",
+            command=config.ssh_command,
+            password_variable=password_variable(self._target),
+        )
+
+    def save(self, guest: Guest) -> Guest:
+        """See ``Machine``. Nothing may be on its way meanwhile: a load would bring it back."""
+        vm = self._running()
+        agent = guest.agent
+        if self._config.agent == "ssh":
+            agent.close()  # a connection does not live through a load, and is not to be in there
+        vm.method = vm.domain.snapshot_save(SNAPSHOT, method=usual_method(self._config))
+        if agent.closed:
+            agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
+        vm.agent = agent
+        return Guest(agent, guest.feed)
+
+    def revert(self, guest: Guest, log: KernelLog) -> Guest | None:
+        """See ``Machine``."""
+        vm = self._running()
+        assert self._base is not None
+        self._base.check()
+        if vm.method is None or vm.domain.state in {"shut off", "undefined"}:
+            return None
+        if self._config.agent == "ssh":
+            guest.agent.close()
+        vm.domain.snapshot_load(SNAPSHOT)
+        vm.stopped.clear()
+        agent = guest.agent
+        if agent.closed or vm.method == "libvirt":  # whose revert starts QEMU anew
+            agent.close()
+            agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
+        else:
+            agent.resume(timeout=RESUME_TIMEOUT)
+        vm.agent = agent
+        set_clock(agent)
+        feed = vm.pump
+        if feed is not None:
+            if vm.method == "libvirt" or not feed.alive:
+                feed.close()
+                vm.pump = feed = PortPump(vm.sockets / "trace", WineTrace, log, self._target)
+            feed.begin(RESUME_TIMEOUT)
+        return Guest(agent, feed)
+
+    def failure(self) -> str | None:
+        """See ``Machine``."""
+        stopped = self._vm.domain.stopped if self._vm is not None else None
+        return f"the guest stopped: {stopped}" if stopped is not None else None
+
+    def keep(self, guest: Guest) -> str | None:  # noqa: ARG002
+        """See ``Machine``."""
+        vm = self._running()
+        kept = KeptVm(
+            folder=vm.domain.spec.disk.parents[1],
+            target=self._target,
+            domain=vm.domain.spec.name,
+            uri=self._config.uri,
+            console=str(vm.domain.spec.console),
+            address=self._address(vm),
+        )
+        kept.write()
+        vm.let_go()
+        self._vm = None
+        return kept.how_to_reach()
+
+    def check(self, guest: Guest) -> None:
+        """See ``Machine``."""
+        lacking = sorted(_ASKED_FOR - guest.agent.info.operations)
+        if lacking:
+            raise TargetError(
+                f"the guest's agent is older than this package, and can't {', '.join(lacking)}; "
+                + self._rebuild(),
+                target=self._target,
+            )
+        off = guest.agent.clock() - time.time()
+        if abs(off) > CLOCK_TOLERANCE:
+            raise TargetError(
+                f"the guest's clock is off by {off:.0f} s though it was just set: has the guest a "
+                "program that sets it, too? Turn that off in the disk image",
+                target=self._target,
+            )
+        free = guest.agent.free_space("C:\\")
+        if free < FREE_SPACE:
+            raise TargetError(
+                f"the guest's disk C: has {free >> 20} MiB free, {FREE_SPACE >> 20} are needed; "
+                + self._rebuild(),
+                target=self._target,
+            )
+
+    def _rebuild(self) -> str:
+        if self._recipe is None:
+            return f"mend {self._config.disk}"
+        return f"kdriver image build --again {self._recipe.name}"
+
+    def catch_up(self, guest: Guest) -> bool:  # noqa: ARG002
+        """See ``Machine``. The log comes by a port of its own, which is no faster than the agent's."""
+        return False
+
+    def preflight(self, image: Path) -> Report:
+        """See ``Machine``. The guest's kernel is not looked into."""
+        vm = self._running()
+        on_wine = vm.agent is not None and vm.agent.info.wine_version is not None
+        return preflight(image, None, guest="wine" if on_wine else "windows")
+
+    def end(self, guest: Guest) -> None:  # noqa: ARG002
+        """See ``Machine``."""
+        vm, self._vm = self._vm, None
+        if vm is not None:
+            vm.end()
+
+    def _running(self) -> _Vm:
+        if self._vm is None:
+            raise TargetError("it is not running", target=self._target)
+        return self._vm
+
+    def _last_words(self, vm: _Vm) -> str:
+        """What a guest that did not come up shows, for an error."""
+        told = ""
+        lines = vm.domain.console_tail()
+        if lines:
+            told += "\nthe last lines of its console:\n" + "\n".join(
+                f"    {line}" for line in lines
+            )
+        picture = self._pictures / f"{vm.domain.spec.name}.png"
+        try:
+            self._pictures.mkdir(parents=True, exist_ok=True)
+            vm.domain.screenshot(picture)
+        except (TargetError, OSError) as error:
+            return f"{told}\nno picture of its screen could be had: {error}"
+        return f"{told}\nits screen: {picture}"
+
+
+class _Vm:
+    """One domain, what was made for it, and our ends of its ports."""
+
+    def __init__(self, hypervisor: Hypervisor, spec: DomainSpec, sockets: Path) -> None:
+        self.domain = Domain(hypervisor, spec, on_stop=self._on_stop)
+        self._owner = hypervisor.owner
+        self.sockets = sockets
+        self.agent: Agent | None = None
+        self.pump: PortPump | None = None
+        self.method: SnapshotMethod | None = None
+        self.stopped = threading.Event()
+
+    def _on_stop(self, reason: str) -> None:
+        """Have all that waits for the agent's answer fail now."""
+        if "internal error" in reason and self.domain.spec.accelerator == "kvm":
+            remember_failure(self.domain.spec.emulator, reason, self._owner)
+        self.stopped.set()
+        if self.agent is not None:
+            self.agent.close()
+
+    def let_go(self) -> None:
+        """Close our ends; the guest goes on."""
+        self.domain.forget()
+        for end in (self.agent, self.pump):
+            if end is not None:
+                end.close()
+
+    def end(self) -> None:
+        """End it, and remove what was made for it. Never raises for what is gone already."""
+        with ExitStack() as last_to_first:
+            last_to_first.callback(remove_quietly, self.domain.spec.disk.parent)
+            last_to_first.callback(remove_quietly, self.sockets)
+            for step in (self.domain.undefine, self.domain.destroy):
+                last_to_first.callback(_quietly, step)
+            for end in (self.pump, self.agent):
+                if end is not None:
+                    last_to_first.callback(end.close)
+
+
+def usual_method(config: VmConfig) -> SnapshotMethod:
+    """How a guest is put back. A TPM's state is swtpm's, and a load into the running QEMU would leave it."""
+    return "libvirt" if config.tpm else "qmp"
+
+
+def password_variable(target: str) -> str:
+    """The environment variable that has a target's SSH password."""
+    return "KDRIVER_PASSWORD_" + re.sub(r"[^A-Z0-9]", "_", target.upper())
+
+
+def set_clock(agent: Agent) -> None:
+    """Give the guest the host's time."""
+    agent.set_clock(time.time())
+
+
+def _quietly(step: Callable[[], None]) -> None:
+    with suppress(TargetError):
+        step()
+
+
+def remove_quietly(folder: Path) -> None:
+    """Remove a folder; what stays goes with the run, or with the next."""
+    with suppress(OSError):
+        remove_tree(folder)
