@@ -47,6 +47,7 @@ pub struct End {
     /// read before it.
     events: Option<[Owned; 2]>,
     is_port: bool,
+    is_com_port: bool,
 }
 
 // SAFETY: handles are numbers that all threads of the process may use.
@@ -77,6 +78,7 @@ impl End {
             output,
             events: None,
             is_port,
+            is_com_port: false,
         }
     }
 
@@ -94,7 +96,7 @@ impl End {
             )
         };
         let file = Owned::new(file, "open the port")?;
-        set_up_com_port(file.raw())?;
+        let is_com_port = set_up_com_port(file.raw())?;
         let (input, output) = (file.raw(), file.raw());
         core::mem::forget(file); // it stays open as long as the process lives
         Ok(End {
@@ -102,6 +104,7 @@ impl End {
             output,
             events: Some([new_event()?, new_event()?]),
             is_port: true,
+            is_com_port,
         })
     }
 
@@ -126,6 +129,31 @@ impl End {
     }
 
     fn try_read(&self, buffer: &mut [u8]) -> Result<usize, ()> {
+        if !self.is_com_port {
+            return self.read_into(buffer);
+        }
+        // A COM port gives as many bytes as are asked for, however long it takes.
+        let (first, rest) = buffer.split_at_mut(1);
+        if self.read_into(first)? == 0 {
+            return Ok(0);
+        }
+        match self.queued().min(rest.len()) {
+            0 => Ok(1),
+            count => Ok(1 + self.read_into(&mut rest[..count]).unwrap_or(0)),
+        }
+    }
+
+    /// How many bytes a COM port has at once.
+    fn queued(&self) -> usize {
+        let mut status = sys::CommStatus::default();
+        // SAFETY: the structure is what is asked for, and null stands for what is not.
+        match unsafe { sys::ClearCommError(self.input, null_mut(), &mut status) } {
+            0 => 0,
+            _ => status.queued_in as usize,
+        }
+    }
+
+    fn read_into(&self, buffer: &mut [u8]) -> Result<usize, ()> {
         let event = self.events.as_ref().map(|[reading, _]| reading);
         // SAFETY: the buffer is as long as told, and stays until the transfer is over.
         transfer(self.input, event, |count, overlapped| unsafe {
@@ -218,34 +246,27 @@ fn new_event() -> Answer<Owned> {
     Owned::new(event, "make an event")
 }
 
-/// Sets a COM port to 115200 baud, 8 bits, no parity, one stop bit, no flow control, and has its reads return
-/// what is there. A port of another kind has none of these.
-fn set_up_com_port(file: sys::Handle) -> Answer {
+/// Sets a COM port to 115200 baud, 8 bits, no parity, one stop bit, no flow control, and has its reads and
+/// writes wait for all that they are about. Whether it is one: a port of another kind has none of these.
+fn set_up_com_port(file: sys::Handle) -> Answer<bool> {
+    const DOING: &str = "set up the COM port";
     let mut state = sys::CommState {
         size: size_of::<sys::CommState>() as u32,
         ..Default::default()
     };
     // SAFETY: the structure says its size.
     if unsafe { sys::GetCommState(file, &mut state) } == 0 {
-        return Ok(());
+        return Ok(false);
     }
     state.baud_rate = 115_200;
     state.flags = sys::COMM_BINARY | sys::COMM_DTR_ENABLE | sys::COMM_RTS_ENABLE;
     state.byte_size = 8;
     state.parity = sys::NO_PARITY;
     state.stop_bits = sys::ONE_STOP_BIT;
+    let no_timeouts = sys::CommTimeouts::default();
     // SAFETY: as above.
-    let result = unsafe { sys::SetCommState(file, &state) };
-    check(result, "set up the COM port")?;
-    // These three together: wait for the first byte, so many milliseconds, and return with it and what came.
-    let timeouts = sys::CommTimeouts {
-        read_interval: u32::MAX,
-        read_multiplier: u32::MAX,
-        read_constant: u32::MAX - 1,
-        write_multiplier: 0,
-        write_constant: 0,
-    };
+    check(unsafe { sys::SetCommState(file, &state) }, DOING)?;
     // SAFETY: the structure is what is asked for.
-    let result = unsafe { sys::SetCommTimeouts(file, &timeouts) };
-    check(result, "set up the COM port")
+    check(unsafe { sys::SetCommTimeouts(file, &no_timeouts) }, DOING)?;
+    Ok(true)
 }

@@ -126,12 +126,22 @@ pub struct CommState {
 
 /// COMMTIMEOUTS, in milliseconds.
 #[repr(C)]
+#[derive(Default)]
 pub struct CommTimeouts {
     pub read_interval: u32,
     pub read_multiplier: u32,
     pub read_constant: u32,
     pub write_multiplier: u32,
     pub write_constant: u32,
+}
+
+/// COMSTAT.
+#[repr(C)]
+#[derive(Default)]
+pub struct CommStatus {
+    pub flags: u32,
+    pub queued_in: u32,
+    pub queued_out: u32,
 }
 
 #[repr(C)]
@@ -254,6 +264,7 @@ unsafe extern "system" {
     pub fn AcquireSRWLockExclusive(lock: *mut usize);
     pub fn AssignProcessToJobObject(job: Handle, process: Handle) -> Bool;
     pub fn CancelIoEx(file: Handle, overlapped: *mut Overlapped) -> Bool;
+    pub fn ClearCommError(file: Handle, errors: *mut u32, status: *mut CommStatus) -> Bool;
     pub fn CloseHandle(handle: Handle) -> Bool;
     pub fn CreateDirectoryW(path: *const u16, security: *const SecurityAttributes) -> Bool;
     pub fn CreateEventW(
