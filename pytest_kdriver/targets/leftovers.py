@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from pytest_kdriver.errors import TargetError
-from pytest_kdriver.targets import prefix
+from pytest_kdriver.targets import disk_images, prefix
 from pytest_kdriver.targets.libvirt import require_libvirt
 from pytest_kdriver.targets.runs import Remover, remove_tree
 
@@ -40,6 +40,7 @@ def _remove_domain(path: Path) -> None:
 REMOVERS: Final[dict[str, Remover]] = {
     prefix.RESOURCE: _remove_prefix,
     SPILL: remove_file,
+    disk_images.RESOURCE: disk_images.remove_unfinished,
     DOMAIN: _remove_domain,
     SOCKETS: remove_tree,
 }

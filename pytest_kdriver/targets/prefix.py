@@ -42,7 +42,7 @@ _SERVER_NOTE: Final = "wineserver"
 _NOT_INHERITED: Final = frozenset({"DISPLAY", "WAYLAND_DISPLAY", "TMPDIR"})
 """No windows; and Debian's Wine 10 dies of a TMPDIR (it frees what getenv gave it)."""
 
-_SETTINGS: Final = f"""Windows Registry Editor Version 5.00
+SETTINGS: Final = f"""Windows Registry Editor Version 5.00
 
 [HKEY_CURRENT_USER\\Software\\Wine\\Debug]
 "RelayInclude"="{RELAYED}"
@@ -138,7 +138,7 @@ def template(wine: Wine, run: Run) -> Path:
 
     One process makes it, others wait. It is made in ``run``, and moved to its place when complete.
     """
-    key = hashlib.sha256(f"{wine.version}\0{_SETTINGS}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{wine.version}\0{SETTINGS}".encode()).hexdigest()[:16]
     place = cache_directory() / "wine" / key
     if place.is_dir():
         return place
@@ -172,7 +172,7 @@ def _make(wine: Wine, prefix: Path) -> None:
     _place_server(prefix)
     environment = wine.environment(prefix, "-all")
     settings = prefix.with_name("settings.reg")
-    settings.write_text(_SETTINGS, encoding="utf-8")
+    settings.write_text(SETTINGS, encoding="utf-8")
     for command in (["wineboot", "--init"], ["regedit", "/S", f"Z:{settings}"]):
         _run([wine.loader, *command], environment)
     _run([wine.server, "--wait"], environment)
