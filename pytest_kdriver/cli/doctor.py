@@ -9,20 +9,25 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from pytest_kdriver.config import Config, find_root, load_config
-from pytest_kdriver.errors import BuildError, ConfigError, KdriverError
+from pytest_kdriver.config import Config, TargetConfig, find_root, load_config
+from pytest_kdriver.errors import BuildError, ConfigError, KdriverError, TargetError
 from pytest_kdriver.guest.executable import agent_executable
 from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.session import make_target
+from pytest_kdriver.targets.libvirt import require_libvirt
 from pytest_kdriver.targets.runs import abandoned_runs
 from pytest_kdriver.toolchain import TARGET, find_toolchain
+from pytest_kdriver.vm_config import DEFAULT_URI
+
+_PROGRAMS: Final = {"qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils"}
+"""What machines are run by, and Debian's and Ubuntu's package of each."""
 
 ROOM: Final = 2 << 30
 """Bytes that Wine's template, the agent's build and a few runs take in the cache, with a margin."""
@@ -54,6 +59,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         description="Look at all that the tests of this folder's project need, start its targets for a "
         "trial, and tell what is missing with the command that mends it. The exit code is 0 if nothing is.",
     )
+    parser.add_argument(
+        "--vm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the target to try, instead of the config's; may be repeated",
+    )
     parser.add_argument("--json", action="store_true", help="as a JSON list, for programs")
     parser.set_defaults(call=call)
 
@@ -61,7 +73,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def call(options: argparse.Namespace) -> int:
     """Look, and tell."""
     findings = []
-    for finding in examine(Path.cwd()):
+    for finding in examine(Path.cwd(), options.vm):
         findings.append(finding)
         if not options.json:
             print(_line(finding), flush=True)  # a trial takes a while
@@ -75,8 +87,11 @@ def call(options: argparse.Namespace) -> int:
     return 1 if missing else 0
 
 
-def examine(start: Path) -> Iterator[Finding]:
-    """What there is for the project that the folder ``start`` belongs to, one thing after the other."""
+def examine(start: Path, targets: Sequence[str] = ()) -> Iterator[Finding]:
+    """What there is for the project that the folder ``start`` belongs to, one thing after the other.
+
+    ``targets`` are those to try; none: those of the config.
+    """
     yield _machine()
     yield _packages()
     try:
@@ -96,8 +111,14 @@ def examine(start: Path) -> Iterator[Finding]:
     if cache.state is State.MISSING:
         return  # nothing more can be tried
     yield _leftovers()
-    for name in config.vm or ("wine",):
-        yield _target(config, name)
+    chosen = [config.target(name) for name in targets or config.vm or ("wine",)]
+    machines = [target for target in chosen if target.kind == "libvirt"]
+    if machines:
+        yield from _virtual_machines(
+            {str(machine.vm.get("uri", DEFAULT_URI)) for machine in machines}
+        )
+    for target in chosen:
+        yield _target(target)
 
 
 def _machine() -> Finding:
@@ -186,10 +207,48 @@ def _drivers(manifest: Path, profile: str) -> Finding:
     return Finding(name="drivers", state=State.OK, detail=f"{manifest}: {names}")
 
 
-def _target(config: Config, name: str) -> Finding:
+def _virtual_machines(uris: set[str]) -> Iterator[Finding]:
+    """What machines under the libvirts ``uris`` need of this host."""
+    missing = [package for program, package in _PROGRAMS.items() if shutil.which(program) is None]
+    yield Finding(
+        name="QEMU",
+        state=State.MISSING if missing else State.OK,
+        detail=f"lacking {', '.join(missing)}" if missing else "with its programs",
+        remedy=f"apt-get install {' '.join(missing)}" if missing else "",
+    )
+    for uri in sorted(uris):
+        yield _libvirt(uri)
+
+
+def _libvirt(uri: str) -> Finding:
+    try:
+        require_libvirt()
+        from pytest_kdriver.targets.libvirt.accelerator import find_accelerator
+        from pytest_kdriver.targets.libvirt.connection import Hypervisor
+
+        hypervisor = Hypervisor.open(uri)
+        try:
+            accelerator = find_accelerator(hypervisor.emulator, hypervisor.owner)
+        finally:
+            hypervisor.close()
+    except (TargetError, OSError) as error:
+        return Finding(name="libvirt", state=State.MISSING, detail=str(error))
+    detail = f"{uri}, libvirt {hypervisor.version}, QEMU {hypervisor.qemu_version}"
+    if accelerator.kind == "kvm":
+        return Finding(name="libvirt", state=State.OK, detail=f"{detail}, KVM works")
+    return Finding(
+        name="libvirt",
+        state=State.NOTE,
+        detail=f"{detail}\nguests run some ten times slower, by TCG: {accelerator.reason}",
+        remedy=f"KVM needs /dev/kvm for {hypervisor.owner.name}: adduser {hypervisor.owner.name} kvm",
+    )
+
+
+def _target(config: TargetConfig) -> Finding:
+    name = config.name
     begin = time.monotonic()
     try:
-        target = make_target(config.target(name))
+        target = make_target(config)
         try:
             target.start()
             took = time.monotonic() - begin

@@ -1,7 +1,7 @@
 """A virtual machine under libvirt as a target's machine.
 
-Each generation that boots is a domain of its own over a linked clone of the base disk; the ports that the agent
-and the kernel log need are Unix sockets. When the agent answers, a live snapshot is taken; a revert loads it into
+Each generation that boots is a domain of its own over a linked clone of the base disk; the ports of the agent
+and the kernel log are Unix sockets. When the agent answers, a live snapshot is taken; a revert loads it into
 the QEMU that runs, so that the sockets stay, and begins new sessions on them.
 """
 
