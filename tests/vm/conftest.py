@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,3 +60,13 @@ def own_cache(vm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, in the environment: what this test starts leaves its runs there, and nothing else does."""
     monkeypatch.setenv("KDRIVER_CACHE", str(vm_cache))
     return vm_cache
+
+
+@pytest.fixture
+def guest_folder(vm_cache: Path) -> Iterator[Path]:
+    """A folder for a guest's disks, which its user can enter."""
+    folder = vm_cache / f"guest-{uuid.uuid4().hex[:8]}"
+    folder.mkdir()
+    folder.chmod(0o755)
+    yield folder
+    remove_tree(folder)

@@ -28,6 +28,7 @@ SOCKET_PATH_LIMIT: Final = 107
 """The longest path that a Unix socket can have, in bytes (``sun_path``, less its end)."""
 
 _CALL_TIMEOUT: Final = 30.0
+_QEMU_STAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z (?:\S*qemu\S*: )?")
 _REOPEN_TIMEOUT: Final = 10.0
 _REOPEN_INTERVAL: Final = 0.1
 
@@ -271,7 +272,8 @@ def call(
 
 def said(error: libvirt.libvirtError) -> str:
     """The message of an error of libvirt's, as a part of a sentence."""
-    return (error.get_error_message() or str(error)).strip().rstrip(".")
+    text = (error.get_error_message() or str(error)).strip().rstrip(".")
+    return "; ".join(_QEMU_STAMP.sub("", line) for line in text.splitlines())
 
 
 _events = threading.Lock()

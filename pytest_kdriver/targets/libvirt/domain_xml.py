@@ -45,7 +45,7 @@ class DomainSpec:
     owner_pid: int
     accelerator: Accelerator
     emulator: Path
-    disk: Path
+    disk: Path | None
     memory: int = 1024
     cpus: int = 1
     bus: Literal["virtio", "sata"] = "virtio"
@@ -186,7 +186,8 @@ def _add_clock(domain: ET.Element, spec: DomainSpec) -> None:
 def _add_devices(domain: ET.Element, spec: DomainSpec) -> None:
     devices = ET.SubElement(domain, "devices")
     _text(devices, "emulator", str(spec.emulator))
-    _add_disk(devices, spec.disk, device="disk", driver="qcow2", target="vda", bus=spec.bus)
+    if spec.disk is not None:
+        _add_disk(devices, spec.disk, device="disk", driver="qcow2", target="vda", bus=spec.bus)
     if spec.cdrom is not None:
         _add_disk(devices, spec.cdrom, device="cdrom", driver="raw", target="sdb", bus="sata")
     ET.SubElement(devices, "controller", type="usb", model="none")

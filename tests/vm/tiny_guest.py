@@ -1,0 +1,117 @@
+"""A guest in one sector, for what is about libvirt and not about what runs there. See ``tiny_guest.S``."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from pytest_kdriver.targets.libvirt.connection import Hypervisor
+from pytest_kdriver.targets.libvirt.domain import Domain
+from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
+from pytest_kdriver.targets.runs import remove_tree
+
+TIMEOUT = 30.0
+
+
+class TinyGuest:
+    """A domain of its own over a linked clone, and the socket that its COM1 is; ``close`` removes all."""
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        folder: Path,
+        *,
+        first: str = "\0",
+        on_stop: Callable[[str], None] | None = None,
+        **settings: object,
+    ) -> None:
+        self.hypervisor = hypervisor
+        self.sockets = hypervisor.make_socket_folder()
+        base, disk = folder / "base.raw", folder / "disk.qcow2"
+        sector = bytearray(Path(__file__).with_name("tiny_guest.bin").read_bytes())
+        sector[509] = ord(first)
+        base.write_bytes(bytes(sector).ljust(1 << 20, b"\0"))
+        command = [
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "raw",
+            "-b",
+            str(base),
+            str(disk),
+        ]
+        subprocess.run(command, check=True)
+        hypervisor.hand_over(disk)
+        defaults: dict[str, object] = {
+            "name": f"kdriver-tiny-{uuid.uuid4().hex[:12]}",
+            "run": "tests",
+            "owner_pid": os.getpid(),
+            "accelerator": "tcg",
+            "emulator": hypervisor.emulator,
+            "disk": disk,
+            "memory": 16,
+            "nic": "none",
+            "ports": (("com1", self.sockets / "com1"),),
+        }
+        self.spec = DomainSpec(**{**defaults, **settings})  # type: ignore[arg-type]  # checked when run
+        self.domain = Domain(hypervisor, self.spec, on_stop=on_stop)
+        self.domain.define()
+        self._socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers; what it says before is lost unless someone listens."""
+        self.domain.start()
+        self.connect()
+        assert self._socket is not None
+        self._socket.settimeout(0.5)
+        for _ in range(int(TIMEOUT / 0.5)):
+            with suppress(TimeoutError):
+                self._socket.sendall(b"?")
+                while self._socket.recv(1) != b"?":
+                    pass
+                break
+        self._socket.sendall(b"!")  # after which nothing of before can come
+        while self._socket.recv(1) != b"!":
+            pass
+        self._socket.settimeout(TIMEOUT)
+
+    def connect(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(TIMEOUT)
+        self._socket.connect(str(self.sockets / "com1"))
+
+    def ask(self, command: str) -> int:
+        """Send a byte; the byte that comes back."""
+        assert self._socket is not None
+        self._socket.sendall(command.encode())
+        return self._socket.recv(1)[0]
+
+    def send(self, command: str) -> None:
+        assert self._socket is not None
+        self._socket.sendall(command.encode())
+
+    def wait_stopped(self) -> str:
+        """Why it stopped; fails where it does not."""
+        deadline = time.monotonic() + TIMEOUT
+        while (reason := self.domain.stopped) is None:
+            assert time.monotonic() < deadline, "the guest goes on"
+            time.sleep(0.01)
+        return reason
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self.domain.destroy()
+        self.domain.undefine()
+        remove_tree(self.sockets)
