@@ -570,7 +570,7 @@ class Agent:
 
     def _read(self) -> None:
         decoder = Decoder()
-        failure: Exception = LinkError("the link to the agent has ended")
+        failure: Exception | None = None
         try:
             while data := self._link.receive():
                 frames = decoder.receive_data(data)
@@ -582,7 +582,10 @@ class Agent:
             failure = error
         finally:
             if not self._suspended:
-                self._fail(failure)
+                self._fail(failure or LinkError(f"the link to the agent has ended{self._why()}"))
+
+    def _why(self) -> str:
+        return f": {why}" if (why := self._link.ended) else ""
 
     def _take(self, frame: Frame) -> None:
         if frame.request == 0 and frame.kind is Kind.ERROR:
@@ -618,7 +621,7 @@ class Agent:
         if isinstance(failure, AgentProtocolError):
             self._fail_pending(failure)
         else:
-            self._fail_pending("the link to the agent ended before the answer")
+            self._fail_pending(f"the link to the agent ended before the answer{self._why()}")
         self._link.close()
 
     def _fail_pending(self, why: AgentProtocolError | str) -> None:

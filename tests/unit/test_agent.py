@@ -64,6 +64,7 @@ class FakeGuest:
         self.requests: list[tuple[int, Message]] = []
         self.closed = False
         self.deaf = False
+        self.ended: str | None = None
         self._decoder = Decoder()
         self._inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 

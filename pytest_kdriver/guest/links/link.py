@@ -12,6 +12,11 @@ class Link(Protocol):
     from any thread. ``send`` may have many callers at a time, ``receive`` has one.
     """
 
+    @property
+    def ended(self) -> str | None:
+        """Why the stream is at its end, where it is and more is known, to stand behind a colon."""
+        ...
+
     def send(self, data: bytes, timeout: float) -> None:
         """Write all of ``data``, with nothing of another call's within it.
 

@@ -77,6 +77,11 @@ class ProcessLink:
         """What the child ended with, as ``subprocess`` has it; None before ``close``."""
         return self._process.returncode
 
+    @property
+    def ended(self) -> str | None:
+        """See ``Link.ended``."""
+        return "the agent's process is gone" if self._ended else None
+
     def send(self, data: bytes, timeout: float) -> None:
         """See ``Link.send``."""
         self._outbox.send(data, timeout)

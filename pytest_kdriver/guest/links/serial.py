@@ -34,7 +34,7 @@ class SerialLink:
         self._stream = HostStream()
         self._suspended = False
         self._closed = False
-        self._ended: str | None = None
+        self._gone: str | None = None
         self._received = b""
         self._outbox = Outbox(self._write)
         self._receiving = threading.Lock()
@@ -94,8 +94,13 @@ class SerialLink:
                 unsent = unsent[self._send_some(unsent) :]
             if ready & ~select.POLLOUT:
                 self._take()
-            if self._ended is not None:
-                raise LinkError(self._ended)
+            if self._gone is not None:
+                raise LinkError(self._gone)
+
+    @property
+    def ended(self) -> str | None:
+        """See ``Link.ended``."""
+        return self._stream.ended or self._gone
 
     def send(self, data: bytes, timeout: float) -> None:
         """See ``Link.send``."""
@@ -121,7 +126,7 @@ class SerialLink:
             return "the guest is being put back"
         if self._stream.ended is not None:
             return f"the agent is gone: {self._stream.ended}"
-        return self._ended
+        return self._gone
 
     def _send_some(self, data: bytes | memoryview) -> int:
         try:
@@ -129,7 +134,7 @@ class SerialLink:
         except BlockingIOError:
             return 0
         except OSError:
-            self._ended = _GONE
+            self._gone = _GONE
             return 0
 
     def receive(self) -> bytes:
@@ -153,7 +158,7 @@ class SerialLink:
         if data:
             self._received += self._stream.receive_data(data)
         else:
-            self._ended = _GONE
+            self._gone = _GONE
 
     def _poll(self, events: int, timeout: float | None) -> int:
         """Wait for the socket, ``suspend`` or ``close``; what of the socket is there."""

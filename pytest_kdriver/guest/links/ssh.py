@@ -1,0 +1,360 @@
+"""An agent that an SSH server starts for us, over its standard input and output."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Final
+
+from pytest_kdriver.errors import LinkError
+from pytest_kdriver.guest.links.outbox import Outbox
+
+if TYPE_CHECKING:
+    import paramiko
+
+CLOSE_TIMEOUT: Final = 5.0
+"""How long, in seconds, the agent may take to end after its input did, before the connection is cut."""
+
+KEEPALIVE: Final = 10.0
+"""How often, in seconds, something is sent over a connection that is silent."""
+
+PEER_TIMEOUT: Final = 30.0
+"""How long, in seconds, the other machine may not confirm what was sent, before it counts as dead."""
+
+_CHUNK = 1 << 16
+_TICK = 0.2
+"""How often, in seconds, who waits looks at what wakes nobody: the agent's exit code, a deadline."""
+
+_LAST_WORDS = 2000
+"""How many bytes of what the agent writes to its standard error are kept."""
+
+_STANDARD_PORT = 22
+
+_Keys = Mapping[str, "paramiko.PKey"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SshConfig:
+    """Where to, and who we are.
+
+    ``key`` is a private key's file. What is given is tried in this order: ``key``, the keys of ssh-agent if
+    ``agent``, ``password`` (which also opens ``key``). ``known_hosts`` None is the user's own file;
+    ``host_key_alias`` is how it calls the server, if not by host and port.
+    """
+
+    host: str
+    port: int = _STANDARD_PORT
+    user: str
+    key: Path | None = None
+    password: str | None = field(default=None, repr=False)
+    known_hosts: Path | None = None
+    agent: bool = True
+    host_key_alias: str | None = None
+
+
+class SshLink:
+    """A ``Link`` to a program that an SSH server starts, by paramiko.
+
+    The server's host key must be known. It is the end of the stream when the program ends, even if one that
+    it left behind keeps its output open, and when the other machine is silent for too long.
+
+    ``LinkError`` if the server can't be reached, does not show the known key, does not let us in or does not
+    start the command; ``TimeoutError`` if all that takes more than ``timeout`` seconds.
+    """
+
+    def __init__(self, config: SshConfig, command: str, *, timeout: float) -> None:
+        self._closed = False
+        self._ended: str | None = None
+        self._last_words = b""
+        self._outbox = Outbox(self._write)
+        self._receiving = threading.Lock()
+        self._closing = threading.Lock()
+        self._transport, self._channel = _connect(config, command, timeout)
+        self._channel.settimeout(_TICK)
+        self._errors = threading.Thread(
+            target=self._read_errors, name="kdriver-ssh-stderr", daemon=True
+        )
+        self._errors.start()
+
+    @property
+    def ended(self) -> str | None:
+        """See ``Link.ended``."""
+        return self._ended
+
+    def send(self, data: bytes, timeout: float) -> None:
+        """See ``Link.send``."""
+        self._outbox.send(data, timeout)
+
+    def _write(self, data: bytes, deadline: float) -> bytes:
+        rest = memoryview(data)
+        while rest and not (self._closed or self._ended):
+            left = deadline - time.monotonic()
+            self._channel.settimeout(min(max(left, 0.001), _TICK))
+            try:
+                count = self._channel.send(rest[:_CHUNK].tobytes())
+            except TimeoutError:
+                if left > _TICK:
+                    continue
+                return bytes(rest)
+            except OSError:
+                break
+            finally:
+                self._channel.settimeout(_TICK)
+            if count == 0:
+                break
+            rest = rest[count:]
+        if rest:
+            raise LinkError(
+                "the link is closed" if self._closed else f"the agent is gone: {self._why()}"
+            )
+        return b""
+
+    def receive(self) -> bytes:
+        """See ``Link.receive``."""
+        with self._receiving:
+            while not (self._closed or self._ended):
+                exited = self._channel.exit_status_ready()
+                try:
+                    data = bytes(self._channel.recv(_CHUNK))
+                except TimeoutError:
+                    data = b""
+                    if not exited:
+                        continue
+                if self._closed:
+                    break
+                if data:
+                    return data
+                self._ended = self._why()
+            return b""
+
+    def _why(self) -> str:
+        """Why the stream is at its end."""
+        if not self._channel.status_event.wait(_TICK):
+            return "it closed its output"
+        code = self._channel.exit_status
+        if code == -1:
+            reason = self._transport.saved_exception
+            lost = "the connection was lost" if self._lost() else "it was ended"
+            return f"{lost}: {reason}" if reason else lost
+        self._errors.join(_TICK)
+        words = self._last_words.decode(errors="replace").strip()
+        return f"it ended with exit code {code}" + (f" and said: {words}" if words else "")
+
+    def _lost(self) -> bool:
+        return not self._transport.is_active()
+
+    def _read_errors(self) -> None:
+        """Take what the agent complains of, for what nobody takes would stop it at some time."""
+        while True:
+            try:
+                data = bytes(self._channel.recv_stderr(_CHUNK))
+            except TimeoutError:
+                continue
+            if not data:
+                return
+            self._last_words = (self._last_words + data)[-_LAST_WORDS:]
+
+    def close(self) -> None:
+        """See ``Link.close``. The agent's input ends first; where it stays, the connection is cut."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            with contextlib.suppress(OSError, EOFError):
+                self._channel.shutdown_write()
+            self._channel.status_event.wait(CLOSE_TIMEOUT)
+            self._channel.close()
+            _cut(self._transport)
+            with self._outbox.lock, self._receiving:
+                self._errors.join()
+
+
+def _connect(
+    config: SshConfig, command: str, timeout: float
+) -> tuple[paramiko.Transport, paramiko.Channel]:
+    """Connect, check who is there, say who we are, and start the command."""
+    ssh = _paramiko()
+    where = f"SSH server {config.host}:{config.port}"
+    deadline = time.monotonic() + timeout
+    known = _read_known_hosts(ssh, config)
+    key = _read_key(ssh, config)
+    doing = "take the connection"
+    transport = None
+    try:
+        connection = socket.create_connection((config.host, config.port), timeout)
+        _watch_peer(connection)
+        transport = ssh.Transport(connection)
+        with _cut_at(transport, deadline):
+            doing = "say who it is"
+            _start(transport, known, timeout)
+            _check_host_key(config, transport.get_remote_server_key(), known)
+            doing = "let us in"
+            _authenticate(ssh, transport, config, key)
+            doing = "start the agent"
+            transport.set_keepalive(KEEPALIVE)
+            channel = transport.open_session()
+            channel.exec_command(command)
+    except BaseException as error:
+        if transport is not None:
+            _cut(transport)
+        if not isinstance(error, (ssh.SSHException, EOFError, OSError)):
+            raise
+        if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
+            raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s") from error
+        told = str(error) or "it hung up"
+        raise LinkError(f"the {where} did not {doing}: {told}") from error
+    if time.monotonic() >= deadline:
+        _cut(transport)
+        raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s")
+    return transport, channel
+
+
+def _paramiko() -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old ciphers that its libraries are about to drop
+            import paramiko
+    except ImportError as error:
+        raise LinkError(
+            f"a target that is reached by SSH needs paramiko ({error}): pip install 'pytest-kdriver[ssh]'"
+        ) from error
+    # What it has to say is in its exceptions; without a handler Python would write it to stderr, too.
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())
+    module: ModuleType = paramiko
+    return module
+
+
+def _watch_peer(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(PEER_TIMEOUT * 1000))
+
+
+@contextlib.contextmanager
+def _cut_at(transport: paramiko.Transport, deadline: float) -> Iterator[None]:
+    """Cut the connection at the deadline: not all that waits for the server takes a timeout."""
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), transport.close)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _cut(transport: paramiko.Transport) -> None:
+    transport.close()
+    if transport.ident is not None:
+        transport.join(CLOSE_TIMEOUT)
+    transport.sock.close()
+
+
+def _start(transport: paramiko.Transport, known: _Keys, timeout: float) -> None:
+    """Agree on keys and ciphers: if it can be, on a host key of a kind that is known."""
+    transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = timeout
+    options = transport.get_security_options()
+    kinds = {"rsa" if "rsa" in kind else kind for kind in known}
+    options.key_types = sorted(
+        options.key_types, key=lambda kind: ("rsa" if "rsa" in kind else kind) not in kinds
+    )
+    transport.start_client()
+
+
+def _read_known_hosts(ssh: ModuleType, config: SshConfig) -> _Keys:
+    """The keys of this host by their kinds; none where the file is not there."""
+    path = _known_hosts(config)
+    try:
+        keys = ssh.HostKeys(str(path))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ssh.SSHException, ssh.hostkeys.InvalidHostKey) as error:
+        raise LinkError(f"the known host keys can't be read: {error}") from error
+    return dict(keys.lookup(_known_name(config)) or {})
+
+
+def _check_host_key(config: SshConfig, shown: paramiko.PKey, known: _Keys) -> None:
+    name, path = _known_name(config), _known_hosts(config)
+    told = f"{shown.get_name()} {_fingerprint(shown)}"
+    if not known:
+        raise LinkError(
+            f"{name} shows the host key {told}, and {path} knows none of this host. If it is the right one, "
+            f"add this line there: {name} {shown.get_name()} {shown.get_base64()}"
+        )
+    expected = known.get(shown.get_name())
+    if expected is None or expected.asbytes() != shown.asbytes():
+        keys = ", ".join(f"{kind} {_fingerprint(key)}" for kind, key in known.items())
+        raise LinkError(
+            f"{name} shows the host key {told}, but {path} knows {keys}: this is another machine, or it was "
+            f"made anew. If it was, remove the old key: ssh-keygen -f '{path}' -R '{name}'"
+        )
+
+
+def _known_hosts(config: SshConfig) -> Path:
+    return config.known_hosts or Path.home() / ".ssh" / "known_hosts"
+
+
+def _known_name(config: SshConfig) -> str:
+    """How known_hosts calls the server."""
+    if config.host_key_alias is not None:
+        return config.host_key_alias
+    return config.host if config.port == _STANDARD_PORT else f"[{config.host}]:{config.port}"
+
+
+def _fingerprint(key: paramiko.PKey) -> str:
+    """As OpenSSH shows it."""
+    fingerprint: str = key.fingerprint
+    return fingerprint
+
+
+def _read_key(ssh: ModuleType, config: SshConfig) -> paramiko.PKey | None:
+    if config.key is None:
+        return None
+    try:
+        try:
+            return ssh.PKey.from_path(config.key)
+        except TypeError:  # it is encrypted
+            if config.password is None:
+                raise LinkError(
+                    f"the SSH key {config.key} needs a passphrase: give it to ssh-agent (ssh-add)"
+                ) from None
+            return ssh.PKey.from_path(config.key, config.password.encode())
+    except (OSError, ValueError, ssh.SSHException, ssh.UnknownKeyType) as error:
+        raise LinkError(f"the SSH key {config.key} can't be read: {error}") from error
+
+
+def _authenticate(
+    ssh: ModuleType,
+    transport: paramiko.Transport,
+    config: SshConfig,
+    key: paramiko.PKey | None,
+) -> None:
+    tried = []
+    keys = [] if key is None else [(f"the key {config.key}", key)]
+    if config.agent:
+        keys += [("a key of ssh-agent", agent_key) for agent_key in ssh.Agent().get_keys()]
+    attempts = [(name, transport.auth_publickey, offered) for name, offered in keys]
+    if config.password is not None:
+        attempts.append(("the password", transport.auth_password, config.password))
+    for name, authenticate, offered in attempts:
+        tried.append(name)
+        with contextlib.suppress(ssh.AuthenticationException):
+            authenticate(config.user, offered)
+        if transport.is_authenticated():
+            return
+        if not transport.is_active():
+            raise ssh.SSHException(f"it hung up after {name}")
+    refused = (
+        " and ".join(dict.fromkeys(tried)) or "nothing (no key, ssh-agent or password is there)"
+    )
+    raise LinkError(
+        f"{config.host}:{config.port} did not let the user {config.user} in; tried: {refused}. "
+        "Name a key or give a password that this server takes"
+    )
