@@ -11,6 +11,7 @@ import os
 import pwd
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -21,6 +22,7 @@ from pytest_kdriver.targets.runs import remove_tree
 
 USER: Final = "kdriver-test"
 
+_REAPER: Final = Path(__file__).with_name("reaper.py")
 _PREFIX: Final = "kdv-"  # short: libvirt puts sockets some 60 bytes below, and 107 is all there is
 _START_TIMEOUT: Final = 30.0  # the first start on a machine asks QEMU for its capabilities
 _POLITE: Final = 2.0
@@ -48,7 +50,6 @@ class PrivateLibvirt:
     def __init__(self) -> None:
         remove_leftovers()
         self._user = daemon_user()
-        self._groups = os.getgrouplist(self._user.pw_name, self._user.pw_gid)
         self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -68,36 +69,39 @@ class PrivateLibvirt:
         self._share_capabilities()
         self.socket = self.folder / "r" / "libvirt" / "libvirt-sock"
         self.uri = f"qemu:///session?socket={self.socket}"
-        self._daemon: subprocess.Popen[bytes] | None = None
+        self._reapers: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
         """Start libvirtd, which starts virtlogd, and return once it answers."""
+        user = self._user
+        groups = ",".join(map(str, os.getgrouplist(user.pw_name, user.pw_gid)))
+        identity = [str(user.pw_uid), str(user.pw_gid), groups]
         with (self.folder / "log").open("ab") as log:
-            self._daemon = subprocess.Popen(
-                ["libvirtd"],
+            reaper = subprocess.Popen(
+                [sys.executable, "-ESs", _REAPER, *identity, "libvirtd"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
                 env=self._environment,
                 start_new_session=True,  # a Ctrl-C at the terminal is ours
-                user=self._user.pw_uid,
-                group=self._user.pw_gid,
-                extra_groups=None if os.geteuid() else self._groups,
             )
+        self._reapers.append(reaper)
         ready = ["virsh", "-c", self.uri, "version"]
         deadline = time.monotonic() + _START_TIMEOUT
         while subprocess.run(ready, capture_output=True, check=False).returncode:
-            if self._daemon.poll() is not None or time.monotonic() > deadline:
+            if reaper.poll() is not None or time.monotonic() > deadline:
                 said = (self.folder / "log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"libvirtd did not come up:\n{said}")
             time.sleep(0.02)
 
     def kill(self) -> None:
         """Kill libvirtd alone: no goodbyes, and QEMU goes on."""
-        assert self._daemon is not None
-        self._daemon.kill()
-        self._daemon.wait()
+        pid_file = self.socket.with_name("libvirtd.pid")
+        pid = int(pid_file.read_text())
+        os.kill(pid, signal.SIGKILL)
+        while Path("/proc", str(pid)).exists():
+            time.sleep(0.005)
 
     def processes(self) -> list[int]:
         """The daemons, and the emulators."""
@@ -106,8 +110,8 @@ class PrivateLibvirt:
     def stop(self) -> None:
         """End all of it, and remove the folder."""
         _end(self.folder)
-        if self._daemon is not None:
-            self._daemon.wait()
+        for reaper in self._reapers:
+            reaper.wait()
         remove_tree(self.folder)
         os.close(self._lock)
 

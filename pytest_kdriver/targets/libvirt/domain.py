@@ -81,6 +81,7 @@ class Domain:
         self._callbacks: list[Callable[[], object]] = []
         self._methods: dict[str, SnapshotMethod] = {}
         self._jobs = 0
+        self._known: tuple[libvirt.virConnect, libvirt.virDomain] | None = None
 
     @property
     def stopped(self) -> str | None:
@@ -102,9 +103,11 @@ class Domain:
 
     def start(self, *, timeout: float = _START_TIMEOUT) -> None:
         """Start QEMU; the guest begins to boot. Raises ``TargetError``."""
+        self._forget_events()
         self._listen()
         self._hypervisor.watch(self._reconnected)
         with self._lock:
+            self._methods = {}
             self._stopped = None
             self.resets = 0
             self._resets_allowed = _RESETS_WHILE_BOOTING
@@ -251,7 +254,10 @@ class Domain:
             raise TargetError(f"QEMU's {command}: {found['error']}")
 
     def _domain(self) -> libvirt.virDomain:
-        return call(self._hypervisor.connection.lookupByName, self.spec.name)
+        connection = self._hypervisor.connection
+        if self._known is None or self._known[0] is not connection:
+            self._known = (connection, call(connection.lookupByName, self.spec.name))
+        return self._known[1]
 
     # What is learnt from events. libvirt's thread only notes them; ours asks.
 
