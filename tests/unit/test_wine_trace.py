@@ -77,6 +77,15 @@ def test_a_driver_is_loaded_prints_and_is_unloaded() -> None:
     ]
 
 
+@pytest.mark.parametrize("seconds", [b"  9.001", b" 99.999", b"100.000", b"4294967.295"])
+def test_the_seconds_may_be_of_a_machine_that_has_just_started(seconds: bytes) -> None:
+    header = seconds + b":010c:0118:"
+    assert events_of(called(header=header), printed(b"Hello, world!\n", header)) == [
+        DriverInitCalled(1.5, "hello", 0x10C, 0x281B51016),
+        DebugPrint(1.5, "hello", b"Hello, world!\n", 0, 1),
+    ]
+
+
 def test_driver_entry_s_status_is_exact() -> None:
     event = events_of(called(), returned(status=b"c0de1234"))[-1]
     assert event == DriverInit(1.5, "hello", 0x10C, NTSTATUS(0xC0DE1234))

@@ -81,7 +81,9 @@ _REMEMBERED = 4096
 """How many processes, threads, senders, stacks and unanswered calls are kept in mind; those that nothing was
 heard of for the longest are forgotten."""
 
-_HEADER = re.compile(rb"\d+\.\d{3}:([0-9a-f]{4,8}):([0-9a-f]{4,8}):")
+_HEADER = re.compile(rb" {0,2}\d+\.\d{3}:([0-9a-f]{4,8}):([0-9a-f]{4,8}):")
+"""In the first 99 seconds of a machine their number is padded with spaces."""
+
 _PRINT = b"warn:debugstr:vDbgPrintExWithPrefix "
 _PRINT_LEVELS = re.compile(rb"([0-9a-f]{8}):([0-9a-f]{8}): ")
 _STACK = b"0000004d:40000000: kdriver:stack "
