@@ -14,6 +14,8 @@ from pytest_kdriver.guest.links.outbox import Outbox
 from pytest_kdriver.port_stream import SYNC_INTERVAL, HostStream, encode_payload, new_nonce
 
 _CHUNK = 1 << 16
+_RETRY = 0.05
+"""How long, in seconds, until a socket is tried again at which too many wait."""
 
 
 class SerialLink:
@@ -29,7 +31,7 @@ class SerialLink:
     def __init__(self, path: Path, *, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         self._path = path
-        self._socket = _connect(path, timeout)
+        self._socket = _connect(path, deadline, timeout)
         self._wake = os.eventfd(0)
         self._stream = HostStream()
         self._suspended = False
@@ -183,20 +185,30 @@ class SerialLink:
 _GONE = "the virtual machine's port is gone"
 
 
-def _connect(path: Path, timeout: float) -> socket.socket:
+def _connect(path: Path, deadline: float, timeout: float) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)
     try:
-        connection.settimeout(max(timeout, 0.001))
-        connection.connect(str(path))
-        connection.setblocking(False)
-    except TimeoutError:
+        while not _try_connect(connection, path):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(
+                    f"{path} took no connection within {timeout:g} s: other programs are connected to it"
+                )
+            time.sleep(_RETRY)
+    except BaseException as error:
         connection.close()
-        raise TimeoutError(
-            f"{path} did not take a connection within {timeout:g} s: another program is connected to it"
-        ) from None
-    except OSError as error:
-        connection.close()
-        raise LinkError(
-            f"{path} can't be connected to: {error}; is the machine that it belongs to running?"
-        ) from error
+        if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+            raise LinkError(
+                f"{path} can't be connected to: {error}; is the machine that it belongs to running?"
+            ) from error
+        raise
     return connection
+
+
+def _try_connect(connection: socket.socket, path: Path) -> bool:
+    """False while so many others wait there that there is no room to wait, too."""
+    try:
+        connection.connect(str(path))
+    except BlockingIOError:
+        return False
+    return True

@@ -70,7 +70,15 @@ class SshLink:
     start the command; ``TimeoutError`` if all that takes more than ``timeout`` seconds.
     """
 
-    def __init__(self, config: SshConfig, command: str, *, timeout: float) -> None:
+    def __init__(
+        self,
+        config: SshConfig,
+        command: str,
+        *,
+        timeout: float,
+        close_timeout: float = CLOSE_TIMEOUT,
+    ) -> None:
+        self._close_timeout = close_timeout
         self._closed = False
         self._ended: str | None = None
         self._last_words = b""
@@ -170,7 +178,7 @@ class SshLink:
             self._closed = True
             with contextlib.suppress(OSError, EOFError):
                 self._channel.shutdown_write()
-            self._channel.status_event.wait(CLOSE_TIMEOUT)
+            self._channel.status_event.wait(self._close_timeout)
             self._channel.close()
             _cut(self._transport)
             with self._outbox.lock, self._receiving:
