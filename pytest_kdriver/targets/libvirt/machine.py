@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from pytest_kdriver.image.preflight import Report, preflight
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.kernel.sources.wine import WineTrace
 from pytest_kdriver.paths import cache_directory
-from pytest_kdriver.targets.disk_images import ensure
+from pytest_kdriver.targets.disk_images import Phase, ensure
 from pytest_kdriver.targets.leftovers import DOMAIN, SOCKETS
 from pytest_kdriver.targets.libvirt.accelerator import find_accelerator, remember_failure
 from pytest_kdriver.targets.libvirt.address import Address, SerialAddress, SshAddress
@@ -70,17 +71,12 @@ class LibvirtMachine:
         self._pictures = artifacts or cache_directory() / "screenshots"
         image = config.vm.get("image")
         self._recipe = find_recipe(str(image)) if image is not None else None
-        self._config = self._configure(Path())
+        self._config = vm_config(self._recipe.target if self._recipe is not None else {}, config.vm)
         seen = _SEEN if self._config.kernel_log != "none" else frozenset[str]()
         self.capabilities = (_ALWAYS | seen) - config.without
         self._hypervisor: Hypervisor | None = None
         self._base: BaseDisk | None = None
         self._vm: _Vm | None = None
-
-    def _configure(self, folder: Path) -> VmConfig:
-        """What the recipe and the user say; the recipe's paths are relative to the disk image's folder."""
-        of_recipe = self._recipe.settings(folder) if self._recipe is not None else {}
-        return vm_config(of_recipe, self._settings)
 
     # what it is
 
@@ -108,8 +104,8 @@ class LibvirtMachine:
         """See ``Machine``."""
         hypervisor = self._connect()
         if self._recipe is not None:
-            image = ensure(self._recipe, run)
-            self._config = self._configure(image.folder)
+            image = ensure(self._recipe, run, _tell)
+            self._config = vm_config(image.target, self._settings)
             base, sha256 = image.disk, image.sha256
         else:
             assert self._config.disk is not None
@@ -173,7 +169,7 @@ class LibvirtMachine:
             ports=tuple(ports.items()),
             console=folder / "console.log",
         )
-        return _Vm(hypervisor, spec, sockets)
+        return _Vm(hypervisor, spec, folder, sockets)
 
     def _bring_up(self, vm: _Vm, log: KernelLog) -> Guest:
         vm.domain.define()
@@ -268,7 +264,7 @@ class LibvirtMachine:
         """See ``Machine``."""
         vm = self._running()
         kept = KeptVm(
-            folder=vm.domain.spec.disk.parents[1],
+            folder=vm.folder.parent,
             target=self._target,
             domain=vm.domain.spec.name,
             uri=self._config.uri,
@@ -350,9 +346,12 @@ class LibvirtMachine:
 class _Vm:
     """One domain, what was made for it, and our ends of its ports."""
 
-    def __init__(self, hypervisor: Hypervisor, spec: DomainSpec, sockets: Path) -> None:
+    def __init__(
+        self, hypervisor: Hypervisor, spec: DomainSpec, folder: Path, sockets: Path
+    ) -> None:
         self.domain = Domain(hypervisor, spec, on_stop=self._on_stop)
         self._owner = hypervisor.owner
+        self.folder = folder
         self.sockets = sockets
         self.agent: Agent | None = None
         self.pump: PortPump | None = None
@@ -377,13 +376,18 @@ class _Vm:
     def end(self) -> None:
         """End it, and remove what was made for it. Never raises for what is gone already."""
         with ExitStack() as last_to_first:
-            last_to_first.callback(remove_quietly, self.domain.spec.disk.parent)
+            last_to_first.callback(remove_quietly, self.folder)
             last_to_first.callback(remove_quietly, self.sockets)
             for step in (self.domain.undefine, self.domain.destroy):
                 last_to_first.callback(_quietly, step)
             for end in (self.pump, self.agent):
                 if end is not None:
                     last_to_first.callback(end.close)
+
+
+def _tell(phase: Phase) -> None:
+    """Say what the making of a disk image has come to: it takes minutes, and pytest shows nothing else."""
+    print(f"kdriver: {phase.elapsed:4.0f} s: {phase.name}", file=sys.__stderr__, flush=True)
 
 
 def usual_method(config: VmConfig) -> SnapshotMethod:
