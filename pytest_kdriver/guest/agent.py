@@ -70,6 +70,9 @@ PUT_WINDOW = 4
 CLOCK_TOLERANCE = 2.0
 """How far, in seconds, a clock may be from what it was just set to."""
 
+_DATE_TIMEOUT = 5.0
+_DATE_POLL = 0.02
+
 _TICKS = 10_000_000
 """How many of a FILETIME's units are in a second."""
 
@@ -466,7 +469,13 @@ class Agent:
             time_limit=timeout,
             timeout=timeout,
         )
-        off = self.clock(timeout=timeout) - unix_seconds - (time.monotonic() - said)
+        # Wine tells no end of a Unix program: its run is over before date has done anything.
+        until = min(said + timeout, time.monotonic() + _DATE_TIMEOUT)
+        while True:
+            off = self.clock(timeout=timeout) - unix_seconds - (time.monotonic() - said)
+            if abs(off) <= CLOCK_TOLERANCE or time.monotonic() >= until:
+                break
+            time.sleep(_DATE_POLL)
         if abs(off) > CLOCK_TOLERANCE:
             told = done.stderr.decode(errors="replace").strip() or "date said nothing"
             raise AgentError(
