@@ -1,8 +1,8 @@
-"""The wheel's build hook: puts the agent and the recipes of the disk images into it.
+"""The wheel's build hook: puts the agent, the forwarder and the recipes of the disk images into it.
 
-In the wheel, ``pytest_kdriver/guest/kdagent.exe`` is the agent, built here by cargo, and
-``pytest_kdriver/_images/NAME/`` is ``vm/images/NAME/``. An editable install has neither: there the
-package finds ``vm/`` beside it, and builds the agent when it is first needed.
+In the wheel, ``pytest_kdriver/guest/kdagent.exe`` is the agent and ``pytest_kdriver/targets/kdtrace`` the
+forwarder, both built here by cargo, and ``pytest_kdriver/_images/NAME/`` is ``vm/images/NAME/``. An editable
+install has none of them: there the package finds ``vm/`` beside it, and builds what it needs when it needs it.
 
 The wheel is for any platform ("py3-none-any"): what is compiled in it runs in the guest, not here.
 """
@@ -26,18 +26,22 @@ class KdriverBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             return
         root = Path(self.root)
         included = build_data["force_include"]
-        included[str(build_agent(root))] = "pytest_kdriver/guest/kdagent.exe"
+        agent, forwarder = build_programs(root)
+        included[str(agent)] = "pytest_kdriver/guest/kdagent.exe"
+        included[str(forwarder)] = "pytest_kdriver/targets/kdtrace"
         if (root / "vm/images").is_dir():
             included[str(root / "vm/images")] = "pytest_kdriver/_images"
 
 
-def build_agent(root: Path) -> Path:
-    """Build vm/agent and return its kdagent.exe. ``$CARGO_TARGET_DIR`` counts, as it does for cargo."""
+def build_programs(root: Path) -> tuple[Path, Path]:
+    """Build what runs in guests: kdagent.exe and kdtrace. ``$CARGO_TARGET_DIR`` counts, as it does for cargo."""
     sys.path.insert(0, str(root))
     try:
-        from pytest_kdriver.guest.executable import build_agent as build
+        from pytest_kdriver.guest.executable import build_agent
+        from pytest_kdriver.targets.forwarder import build_forwarder
         from pytest_kdriver.toolchain import find_toolchain
     finally:
         sys.path.remove(str(root))
-    target_directory = Path(os.environ.get("CARGO_TARGET_DIR", root / "vm/agent/target"))
-    return build(find_toolchain(), target_directory.absolute())
+    toolchain = find_toolchain()
+    target_directory = Path(os.environ.get("CARGO_TARGET_DIR", root / "vm/agent/target")).absolute()
+    return build_agent(toolchain, target_directory), build_forwarder(toolchain, target_directory)

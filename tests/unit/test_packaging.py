@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = "pytest_kdriver/guest/kdagent.exe"
+FORWARDER = "pytest_kdriver/targets/kdtrace"
+IMAGES = "pytest_kdriver/_images"
 
 
 def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
@@ -73,25 +75,54 @@ def test_the_agent_in_the_wheel_is_a_windows_program(wheel: Path) -> None:
     assert not agent.is_dll()
 
 
+def test_the_forwarder_in_the_wheel_needs_no_library_of_the_guest(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        program = archive.read(FORWARDER)
+    assert program.startswith(b"\x7fELF\x02\x01")
+    segments, size, count = (
+        int.from_bytes(program[at : at + length], "little")
+        for at, length in ((32, 8), (54, 2), (56, 2))
+    )
+    kinds = {
+        int.from_bytes(program[at : at + 4], "little")
+        for at in range(segments, segments + size * count, size)
+    }
+    interpreter = 3  # PT_INTERP: the dynamic linker
+    assert interpreter not in kinds
+
+
 def test_the_wheel_is_for_any_platform(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
 
 
 def test_the_recipes_of_the_disk_images_are_in_the_wheel(wheel_names: list[str]) -> None:
     recipes = [path for path in (ROOT / "vm/images").rglob("*") if path.is_file()]
-    expected = {
-        f"pytest_kdriver/_images/{path.relative_to(ROOT / 'vm/images')}" for path in recipes
-    }
+    expected = {f"{IMAGES}/{path.relative_to(ROOT / 'vm/images')}" for path in recipes}
+    assert f"{IMAGES}/winevm/recipe.toml" in expected
     assert expected <= set(wheel_names)
+
+
+def test_an_installed_recipe_can_be_run(installed: Path, tmp_path: Path) -> None:
+    python = installed / "python"
+    told = run(
+        *(python, "-c"),
+        "from pytest_kdriver.targets.recipe import *\n"
+        "recipe = find_recipe('winevm'); print(recipe.folder, recipe.key())",
+        cwd=tmp_path,
+    )
+    folder = Path(told.split()[0])
+    assert folder.is_relative_to(installed.parent)
+    assert os.access(folder / "build", os.X_OK)
 
 
 def test_nothing_else_is_in_the_wheel(wheel_names: list[str]) -> None:
     assert {name.split("/")[0].split("-")[0] for name in wheel_names} == {"pytest_kdriver"}
     assert not [name for name in wheel_names if "/target/" in name or "/tests/" in name]
     assert [name for name in wheel_names if name.endswith((".exe", ".rs", ".pyc"))] == [AGENT]
+    assert [name for name in wheel_names if name.endswith("/kdtrace")] == [FORWARDER]
 
 
-def test_an_editable_install_builds_no_agent(tmp_path: Path) -> None:
+def test_an_editable_install_builds_nothing(tmp_path: Path) -> None:
     build = (
         "import sys; from hatchling.build import build_editable as build; print(build(sys.argv[1]))"
     )
