@@ -320,6 +320,145 @@ class TestTheEndOfTheLink:
             agent.fence("x")
 
 
+class FakePort(FakeGuest):
+    """The same at a port, which survives the end of its session."""
+
+    def __init__(
+        self, answers: dict[type[Message], Answer | Callable[[Message], Answer]] | None = None
+    ) -> None:
+        super().__init__(answers)
+        self.suspended = False
+        self.failure: Exception | None = None
+
+    def receive(self) -> bytes:
+        return b"" if self.suspended else super().receive()
+
+    def suspend(self) -> None:
+        self.suspended = True
+        self.push(b"")
+
+    def resync(self, timeout: float) -> None:
+        if self.failure:
+            raise self.failure
+        self.suspended = False
+        self._decoder = Decoder()
+        self._inbox = queue.SimpleQueue()
+
+
+class TestResume:
+    def test_fails_what_waits_and_greets_anew(self) -> None:
+        guest = FakePort({messages.WaitProcess: None})
+        with connect(guest) as agent:
+            futures = [agent.wait_process(pid) for pid in range(3)]
+            assert agent.pending == 3
+            guest.answers[messages.Hello] = replace(HELLO, pid=5)
+            agent.resume(timeout=10)
+            assert agent.pending == 0
+            for future in futures:
+                with pytest.raises(LinkError, match="wait_process: the guest was put back"):
+                    future.result(0)
+            assert agent.info.pid == 5
+            agent.fence("x")
+
+    def test_forgets_half_a_frame(self) -> None:
+        guest = FakePort()
+        with connect(guest) as agent:
+            guest.push(b"\x10\0\0\0\1\3half")
+            agent.resume(timeout=10)
+            agent.fence("x")
+
+    def test_is_no_matter_of_links_that_end_with_the_guest(self) -> None:
+        with connect(FakeGuest()) as agent, pytest.raises(TypeError, match="FakeGuest .* anew"):
+            agent.resume(timeout=10)
+
+    def test_of_a_link_that_has_ended_is_a_link_error(self) -> None:
+        guest = FakePort()
+        with connect(guest) as agent:
+            guest.ended = "the virtual machine's port is gone"
+            guest.push(b"")
+            agent._reader.join()
+            with pytest.raises(
+                LinkError, match="resume: the link to the agent has ended"
+            ) as caught:
+                agent.resume(timeout=10)
+            assert "port is gone" in str(caught.value.__cause__)
+
+    @pytest.mark.parametrize("failure", [TimeoutError("no agent answered"), LinkError("gone")])
+    def test_that_fails_is_the_end(self, failure: Exception) -> None:
+        guest = FakePort()
+        with connect(guest) as agent:
+            guest.failure = failure
+            with pytest.raises(type(failure), match=str(failure)):
+                agent.resume(timeout=10)
+            assert agent.closed
+            assert guest.closed
+
+    def test_that_nobody_greets_is_the_end(self) -> None:
+        guest = FakePort()
+        with connect(guest) as agent:
+            guest.answers[messages.Hello] = None
+            with pytest.raises(TimeoutError, match="hello"):
+                agent.resume(timeout=0.05)
+            assert agent.closed
+
+    def test_is_refused_in_a_callback(self) -> None:
+        guest = FakePort({messages.WaitProcess: None})
+        errors: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+
+        def resume(_: object) -> None:
+            try:
+                agent.resume(timeout=10)
+            except RuntimeError as error:
+                errors.put(error)
+
+        with connect(guest) as agent:
+            agent.wait_process(1).add_done_callback(resume)
+            guest.answer(guest.requests[-1][0], messages.ExitCode(exit_code=0))
+            assert "callback" in str(errors.get(timeout=10))
+            agent.fence("x")
+
+
+class TestTheClock:
+    def test_is_told_in_seconds_since_1970(self) -> None:
+        guest = FakeGuest({messages.Clock: messages.FileTime(time=133_801_632_001_234_567)})
+        with connect(guest) as agent:
+            assert agent.clock() == pytest.approx(1_735_689_600.1234567)
+
+    def test_is_set_by_windows_itself(self) -> None:
+        guest = FakeGuest()
+        with connect(guest) as agent:
+            agent.set_clock(1_735_689_600.5)
+        assert guest.asked(messages.SetClock) == [messages.SetClock(time=133_801_632_005_000_000)]
+
+    def wine(self, clock: float, *, stderr: bytes = b"") -> FakeGuest:
+        done = messages.Completed(
+            exit_code=None, stdout=b"", stderr=stderr, timed_out=False, truncated=False
+        )
+        ticks = round((clock + 11_644_473_600) * 10_000_000)
+        return FakeGuest(
+            {
+                messages.Hello: replace(HELLO, wine_version="8.0"),
+                messages.Run: done,
+                messages.Clock: messages.FileTime(time=ticks),
+            }
+        )
+
+    def test_is_set_by_date_on_wine(self) -> None:
+        guest = self.wine(1_735_689_601)
+        with connect(guest) as agent:
+            agent.set_clock(1_735_689_600.5)
+        (run,) = guest.asked(messages.Run)
+        assert isinstance(run, messages.Run)
+        assert run.command_line == r"Z:\bin\date -u -s @1735689600.500"
+        assert guest.asked(messages.SetClock) == []
+
+    def test_that_does_not_take_it_is_an_error(self) -> None:
+        told = b"date: cannot set date: Operation not permitted\n"
+        guest = self.wine(1_735_689_590, stderr=told)
+        with connect(guest) as agent, pytest.raises(AgentError, match=r"-10\.\d s off .*permitted"):
+            agent.set_clock(1_735_689_600, timeout=0.2)
+
+
 class TestPut:
     def guest(self, **data: Answer) -> FakeGuest:
         return FakeGuest(

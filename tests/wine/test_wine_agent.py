@@ -467,6 +467,38 @@ class TestSystemInformation:
         assert caught.value.code is NTSTATUS.STATUS_INVALID_INFO_CLASS
 
 
+class TestTheClock:
+    def test_is_read(self, agent: Agent) -> None:
+        before = time.time()
+        told = agent.clock()
+        assert before - 0.01 <= told <= time.time() + 0.01
+
+    def test_is_set_by_the_call_of_windows(self, guest: Guest) -> None:
+        """Wine's takes what it is, and refuses all else: so nothing happens to the host's clock."""
+        now = round((time.time() + 11_644_473_600) * 10_000_000)
+        with raw(guest) as stream:
+            stream.ask(messages.SetClock(time=now), messages.Done)
+            stream.send(encode(request_frame(messages.SetClock(time=now + 36_000_000_000))))
+            frame = stream.next()
+        assert frame is not None
+        assert frame.kind is Kind.ERROR
+        error = from_bytes(messages.Error, frame.body)
+        assert (error.domain, error.message) == (2, "set the clock")
+        assert error.code == NTSTATUS.STATUS_PRIVILEGE_NOT_HELD
+
+
+class TestFreeSpace:
+    def test_is_the_disk_s(self, guest: Guest, agent: Agent) -> None:
+        ours = os.statvfs(guest.path)
+        theirs = agent.free_space("C:\\")
+        assert abs(theirs - ours.f_bavail * ours.f_frsize) < 1 << 30
+
+    def test_of_a_folder_that_is_not_there_is_an_error(self, agent: Agent) -> None:
+        with pytest.raises(AgentError, match=r"free_space: .*nowhere") as caught:
+            agent.free_space(r"C:\nowhere\at all")
+        assert caught.value.code is Win32Error.ERROR_PATH_NOT_FOUND
+
+
 class TestRun:
     def test_gives_outputs_and_exit_code(self, agent: Agent) -> None:
         done = agent.run(["cmd", "/c", "echo out& echo err>&2& exit 7"])
