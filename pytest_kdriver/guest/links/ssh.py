@@ -345,20 +345,22 @@ def _authenticate(
     key: paramiko.PKey | None,
 ) -> None:
     tried = []
-    keys = [] if key is None else [(f"the key {config.key}", key)]
-    if config.agent:
-        keys += [("a key of ssh-agent", agent_key) for agent_key in ssh.Agent().get_keys()]
-    attempts = [(name, transport.auth_publickey, offered) for name, offered in keys]
-    if config.password is not None:
-        attempts.append(("the password", transport.auth_password, config.password))
-    for name, authenticate, offered in attempts:
-        tried.append(name)
-        with contextlib.suppress(ssh.AuthenticationException):
-            authenticate(config.user, offered)
-        if transport.is_authenticated():
-            return
-        if not transport.is_active():
-            raise ssh.SSHException(f"it hung up after {name}")
+    with contextlib.ExitStack() as stack:
+        keys = [] if key is None else [(f"the key {config.key}", key)]
+        if config.agent:
+            agent = stack.enter_context(contextlib.closing(ssh.Agent()))
+            keys += [("a key of ssh-agent", agent_key) for agent_key in agent.get_keys()]
+        attempts = [(name, transport.auth_publickey, offered) for name, offered in keys]
+        if config.password is not None:
+            attempts.append(("the password", transport.auth_password, config.password))
+        for name, authenticate, offered in attempts:
+            tried.append(name)
+            with contextlib.suppress(ssh.AuthenticationException):
+                authenticate(config.user, offered)
+            if transport.is_authenticated():
+                return
+            if not transport.is_active():
+                raise ssh.SSHException(f"it hung up after {name}")
     refused = (
         " and ".join(dict.fromkeys(tried)) or "nothing (no key, ssh-agent or password is there)"
     )
