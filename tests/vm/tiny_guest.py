@@ -28,15 +28,18 @@ class TinyGuest:
         folder: Path,
         *,
         first: str = "\0",
+        boots: bytes | None = None,
         on_stop: Callable[[str], None] | None = None,
         **settings: object,
     ) -> None:
         self.hypervisor = hypervisor
         self.sockets = hypervisor.make_socket_folder()
         base, disk = folder / "base.raw", folder / "disk.qcow2"
-        sector = bytearray(Path(__file__).with_name("tiny_guest.bin").read_bytes())
-        sector[509] = ord(first)
-        base.write_bytes(bytes(sector).ljust(1 << 20, b"\0"))
+        if boots is None:
+            sector = bytearray(Path(__file__).with_name("tiny_guest.bin").read_bytes())
+            sector[509] = ord(first)
+            boots = bytes(sector)
+        base.write_bytes(boots.ljust(1 << 20, b"\0"))
         command = [
             "qemu-img",
             "create",
@@ -71,35 +74,37 @@ class TinyGuest:
         """Start it, and wait until it answers; what it says before is lost unless someone listens."""
         self.domain.start()
         self.connect()
-        assert self._socket is not None
-        self._socket.settimeout(0.5)
+        self.port.settimeout(0.5)
         for _ in range(int(TIMEOUT / 0.5)):
             with suppress(TimeoutError):
-                self._socket.sendall(b"?")
-                while self._socket.recv(1) != b"?":
+                self.port.sendall(b"?")
+                while self.port.recv(1) != b"?":
                     pass
                 break
-        self._socket.sendall(b"!")  # after which nothing of before can come
-        while self._socket.recv(1) != b"!":
+        self.port.sendall(b"!")  # after which nothing of before can come
+        while self.port.recv(1) != b"!":
             pass
-        self._socket.settimeout(TIMEOUT)
+        self.port.settimeout(TIMEOUT)
 
     def connect(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        self.disconnect()
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(TIMEOUT)
         self._socket.connect(str(self.sockets / "com1"))
 
+    @property
+    def port(self) -> socket.socket:
+        """COM1, once it is connected."""
+        assert self._socket is not None
+        return self._socket
+
     def ask(self, command: str) -> int:
         """Send a byte; the byte that comes back."""
-        assert self._socket is not None
-        self._socket.sendall(command.encode())
-        return self._socket.recv(1)[0]
+        self.port.sendall(command.encode())
+        return self.port.recv(1)[0]
 
     def send(self, command: str) -> None:
-        assert self._socket is not None
-        self._socket.sendall(command.encode())
+        self.port.sendall(command.encode())
 
     def wait_stopped(self) -> str:
         """Why it stopped; fails where it does not."""
@@ -109,9 +114,12 @@ class TinyGuest:
             time.sleep(0.01)
         return reason
 
-    def close(self) -> None:
+    def disconnect(self) -> None:
         if self._socket is not None:
             self._socket.close()
+
+    def close(self) -> None:
+        self.disconnect()
         self.domain.destroy()
         self.domain.undefine()
         remove_tree(self.sockets)

@@ -131,11 +131,11 @@ def _watch(command: list[str], owner: Owner | None, timeout: float) -> Trial:
         return Trial(passed=False, step="", said=str(e))
     with process:
         steps, said = _read(process, time.monotonic() + timeout)
-        process.kill()  # a KVM that gave up leaves QEMU paused for ever
+        hung = process.poll() is None  # a KVM that gave up leaves QEMU paused for ever
+        process.kill()
     last = steps.decode(errors="replace")[-1:]
-    lines = said.decode(errors="replace").strip().splitlines() or [
-        f"no answer within {timeout:g} s"
-    ]
+    silence = f"no answer within {timeout:g} s" if hung else "it ended without a word"
+    lines = said.decode(errors="replace").strip().splitlines() or [silence]
     return Trial(
         passed=process.returncode == _RIGHT,
         step=last if last in _STEPS else "",

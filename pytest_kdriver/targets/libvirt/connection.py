@@ -7,9 +7,9 @@ import pwd
 import queue
 import re
 import subprocess
-import tempfile
 import threading
 import time
+import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from contextlib import suppress
@@ -61,10 +61,6 @@ class Hypervisor:
         self._lock = threading.RLock()
         self._closed = False
         self._watchers: list[Callable[[bool], None]] = []
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name=f"libvirt {uri}", daemon=True)
-        self._thread.start()
-        self._listen()
         xml = call(connection.getDomainCapabilities, None, "x86_64", None, "qemu")
         capabilities = ET.fromstring(xml)  # noqa: S314 -- from libvirt itself
         self.version = _dotted(call(connection.getLibVersion))
@@ -72,11 +68,14 @@ class Hypervisor:
         self.emulator = Path(capabilities.findtext("path", ""))
         self.owner = self._find_owner()
         if os.geteuid() not in {0, self.owner.uid}:
-            self.close()
             raise TargetError(
                 f"guests of {uri} run as {self.owner.name}, who can't use {_me()}'s files and sockets. "
                 "Use qemu:///session, or run as root"
             )
+        self._listen()
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=f"libvirt {uri}", daemon=True)
+        self._thread.start()
 
     @classmethod
     def open(cls, uri: str) -> Hypervisor:
@@ -157,11 +156,16 @@ class Hypervisor:
                 "Move it, or set KDRIVER_CACHE to a folder that this user can enter"
             )
 
-    def make_socket_folder(self) -> Path:
-        """A new folder for a guest's sockets, which nobody else can enter; its path is short."""
+    def make_socket_folder(self, announce: Callable[[Path], None] = lambda _: None) -> Path:
+        """Make a folder for a guest's sockets, which nobody else can enter; its path is short.
+
+        ``announce`` is called with its path before it is made.
+        """
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         own = self.owner.uid == os.geteuid() and os.access(runtime, os.W_OK) and len(runtime) < 40
-        folder = Path(tempfile.mkdtemp(prefix="kdriver-", dir=runtime if own else "/tmp"))  # noqa: S108
+        folder = Path(runtime if own else "/tmp", f"kdriver-{uuid.uuid4().hex[:12]}")  # noqa: S108
+        announce(folder)
+        folder.mkdir(mode=0o700)
         self.hand_over(folder)
         return folder
 

@@ -80,6 +80,7 @@ class Domain:
         self._resets_allowed = _RESETS_WHILE_BOOTING
         self._callbacks: list[Callable[[], object]] = []
         self._methods: dict[str, SnapshotMethod] = {}
+        self._nodes: tuple[str, list[str]] | None = None
         self._jobs = 0
         self._known: tuple[libvirt.virConnect, libvirt.virDomain] | None = None
 
@@ -108,6 +109,7 @@ class Domain:
         self._hypervisor.watch(self._reconnected)
         with self._lock:
             self._methods = {}
+            self._nodes = None
             self._stopped = None
             self.resets = 0
             self._resets_allowed = _RESETS_WHILE_BOOTING
@@ -222,16 +224,19 @@ class Domain:
         self._do_job("snapshot-save", timeout, tag=_tag(tag), vmstate=node, devices=devices)
 
     def _writable_nodes(self) -> tuple[str, list[str]]:
-        """The disk's node, and all that a snapshot has to hold.
+        """The disk's node, and all that a snapshot has to hold; the same for as long as QEMU runs.
 
         Not what can't be written, and not a raw pflash: it can't hold snapshots, the guest's memory has
         its content, and QEMU writes it back after a load.
         """
+        if self._nodes is not None:
+            return self._nodes
         inserted = [block.get("inserted") for block in self.monitor("query-block")]
         nodes = [i["node-name"] for i in inserted if i and not i["ro"] and i["drv"] == "qcow2"]
         if len(nodes) != 1:
             raise TargetError(f"a snapshot needs one writable qcow2 disk, there are {len(nodes)}")
-        return nodes[0], nodes
+        self._nodes = nodes[0], nodes
+        return self._nodes
 
     def _do_job(self, command: str, timeout: float, **arguments: object) -> None:
         self._jobs += 1

@@ -24,7 +24,9 @@ _QEMU: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _PORT: Final = re.compile(r"virtio:([A-Za-z0-9_][A-Za-z0-9_.-]{0,30})|com([1-4])")
 _SLOT: Final = 0x1E  # libvirt deals them out from the other end, and does not know of this one
-_XML: Final = re.compile(r"[\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]*")  # XML 1.0, 2.2
+_XML: Final = re.compile(r"[\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]*")
+"""What XML can say (XML 1.0, 2.2), without what a reader takes for a line's end."""
+
 
 ET.register_namespace("qemu", _QEMU)
 ET.register_namespace("kdriver", METADATA)

@@ -1,0 +1,304 @@
+"""A connection to a real libvirt, of the tests' own; what is refused; and what runs leave there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pytest_kdriver.errors import TargetError
+from pytest_kdriver.targets.libvirt.accelerator import (
+    Accelerator,
+    find_accelerator,
+    forget,
+    remember_failure,
+    run_trial,
+    trial_code,
+)
+from pytest_kdriver.targets.libvirt.connection import Hypervisor
+from pytest_kdriver.targets.libvirt.domain import Domain
+from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
+from pytest_kdriver.targets.libvirt.enlightenments import (
+    WANTED,
+    find_enlightenments,
+    offered_enlightenments,
+    try_enlightenments,
+)
+from pytest_kdriver.targets.libvirt.leftovers import (
+    abandoned_domains,
+    domain_resource,
+    end_emulator,
+    remove_domain,
+)
+from pytest_kdriver.targets.runs import collect_garbage, remove_tree
+from tests.vm.daemon import PrivateLibvirt, daemon_user, remove_leftovers
+from tests.vm.tiny_guest import TinyGuest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_says_what_it_is(hypervisor: Hypervisor) -> None:
+    assert [int(part) for part in hypervisor.version.split(".")] >= [9, 0, 0]
+    assert [int(part) for part in hypervisor.qemu_version.split(".")] >= [7, 0, 0]
+    assert hypervisor.emulator.name == "qemu-system-x86_64"
+    assert hypervisor.owner.uid == daemon_user().pw_uid != 0
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("qemu+ssh://host/system", "on another machine"),
+        ("qemu+tls:///system", "on another machine"),
+        ("qemu://host/session", "names the host 'host'"),
+        ("qemu://session", "names the host 'session'.*three slashes"),
+        ("test:///default", "is none of"),
+        ("qemu:///", "is none of"),
+        ("qemu:///embed?root=/tmp", "is none of"),
+        ("lxc:///", "is none of"),
+    ],
+)
+def test_what_is_not_a_local_qemu_is_refused(uri: str, sentence: str) -> None:
+    with pytest.raises(TargetError, match=sentence):
+        Hypervisor.open(uri)
+
+
+def test_roots_session_is_the_systems_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(TargetError, match="as root is the system's own libvirt"):
+        Hypervisor.open("qemu:///session")
+
+
+def test_a_daemon_that_is_not_there_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TargetError, match=r"can't be reached: .*Is the daemon .* running\?"):
+        Hypervisor.open(f"qemu:///session?socket={tmp_path / 'nobody'}")
+    assert capfd.readouterr().err == ""  # libvirt itself would print its errors
+
+
+def test_a_closed_connection_is_told(libvirt_uri: str) -> None:
+    hypervisor = Hypervisor.open(libvirt_uri)
+    hypervisor.close()
+    hypervisor.close()
+    with pytest.raises(TargetError, match="was closed"):
+        _ = hypervisor.connection
+
+
+def test_a_socket_folder_is_announced_and_the_guests_alone(hypervisor: Hypervisor) -> None:
+    announced: list[tuple[Path, bool]] = []
+    folder = hypervisor.make_socket_folder(lambda path: announced.append((path, path.exists())))
+    try:
+        assert announced == [(folder, False)]
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert folder.stat().st_uid == hypervisor.owner.uid
+        assert len(bytes(folder / ("n" * 31))) < 107
+    finally:
+        remove_tree(folder)
+
+
+def test_a_folder_that_guests_cannot_enter_is_told(
+    hypervisor: Hypervisor, guest_folder: Path
+) -> None:
+    closed = guest_folder / "closed"
+    closed.mkdir(mode=0o700)
+    disk = closed / "disk"
+    disk.write_bytes(b"")
+    disk.chmod(0)
+    if os.geteuid() == 0:
+        with pytest.raises(TargetError, match="can't read .*KDRIVER_CACHE"):
+            hypervisor.hand_over(disk)
+    with pytest.raises(TargetError, match="can't read .*KDRIVER_CACHE"):
+        hypervisor.require_access(disk)
+
+
+def test_the_daemon_starts_within_two_seconds() -> None:
+    PrivateLibvirt().stop()  # so that libvirt knows this QEMU, as on any but the first run
+    daemon = PrivateLibvirt()
+    began = time.monotonic()
+    try:
+        daemon.start()
+        assert time.monotonic() - began < 2
+    finally:
+        daemon.stop()
+    assert not daemon.folder.exists()
+    assert not daemon.processes()
+
+
+def test_a_killed_test_runs_daemon_is_ended_by_the_next(tmp_path: Path) -> None:
+    program = (
+        "import signal, sys; from tests.vm.daemon import PrivateLibvirt\n"
+        "daemon = PrivateLibvirt(); daemon.start(); print(daemon.folder, flush=True); signal.pause()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        folder = Path(run.stdout.readline().strip())
+        remove_leftovers()
+        assert (folder / "r/libvirt/libvirt-sock").is_socket()  # it lives, and is left alone
+        run.send_signal(signal.SIGKILL)
+    remove_leftovers()
+    assert not folder.exists()
+
+
+def test_a_trial_passes_where_the_processor_is_sound(hypervisor: Hypervisor) -> None:
+    assert run_trial(hypervisor.emulator, "tcg", hypervisor.owner, timeout=30).passed
+
+
+def test_what_is_found_is_remembered_until_it_is_forgotten(
+    hypervisor: Hypervisor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path))
+    emulator, owner = hypervisor.emulator, hypervisor.owner
+    found = find_accelerator(emulator, owner)
+    assert find_accelerator(emulator, owner) == found
+    if found.kind == "tcg":
+        assert found.reason.startswith(("KVM can't be had: ", "KVM is there, but "))
+    failed = remember_failure(emulator, "paused by an internal error of the accelerator", owner)
+    assert failed == Accelerator(
+        "tcg", "KVM failed a guest on this host: paused by an internal error of the accelerator"
+    )
+    assert find_accelerator(emulator, owner) == failed
+    forget(emulator, owner)
+    assert find_accelerator(emulator, owner) == found
+
+
+def test_a_guest_that_kvm_fails_is_known_at_once(
+    hypervisor: Hypervisor, guest_folder: Path
+) -> None:
+    found = find_accelerator(hypervisor.emulator, hypervisor.owner)
+    if not found.reason.startswith("KVM is there, but fails at"):
+        pytest.skip("needs a host whose KVM starts guests and then fails them")
+    # The trial's code, started by a boot sector that loads it to where it runs.
+    code = trial_code()
+    entry = 0x8000 + code.index(b"\xb0r\xe6\xe9")
+    loader = bytes.fromhex("31c0 8ed8 8ec0 8ed0 bc007c b80202 b90200 b600 bb0080 cd13 fa ea")
+    boots = (loader + struct.pack("<HH", entry, 0)).ljust(510, b"\0") + b"\x55\xaa" + code
+    told: list[str] = []
+    guest = TinyGuest(
+        hypervisor, guest_folder, accelerator="kvm", boots=boots, ports=(), on_stop=told.append
+    )
+    try:
+        guest.domain.start()
+        assert guest.wait_stopped() == "paused by an internal error of the accelerator"
+        assert told == [guest.domain.stopped]
+    finally:
+        guest.close()
+
+
+def test_by_tcg_there_are_no_enlightenments(hypervisor: Hypervisor) -> None:
+    found = find_enlightenments(hypervisor, "tcg")
+    assert (found.features, found.dropped) == ((), ())
+
+
+def test_an_enlightenment_is_kept_or_dropped_with_a_reason(hypervisor: Hypervisor) -> None:
+    try:
+        offered = offered_enlightenments(hypervisor)
+    except TargetError as e:
+        pytest.skip(f"needs KVM: {e}")
+    found = find_enlightenments(hypervisor, "kvm")
+    dropped = [name for name, _ in found.dropped]
+    assert sorted((*found.features, *dropped)) == sorted(WANTED)
+    assert set(found.features) <= offered
+    assert all(reason for _, reason in found.dropped)
+    assert not hypervisor.connection.listAllDomains()
+
+
+def test_an_enlightenment_falls_with_the_one_it_needs(hypervisor: Hypervisor) -> None:
+    try:
+        offered_enlightenments(hypervisor)
+    except TargetError as e:
+        pytest.skip(f"needs KVM: {e}")
+    found = try_enlightenments(hypervisor, ["vpindex", "synic"])
+    if "vpindex" in found.features:
+        pytest.skip("this host's KVM has vpindex: nothing falls")
+    assert "VP_INDEX" in dict(found.dropped)["vpindex"]
+    assert dict(found.dropped)["synic"] == "needs vpindex"
+
+
+def test_a_killed_runs_guest_is_removed_by_the_next(
+    hypervisor: Hypervisor, own_cache: Path, guest_folder: Path, libvirt_uri: str
+) -> None:
+    program = f"""
+import signal
+from pathlib import Path
+from pytest_kdriver.targets.libvirt.connection import Hypervisor
+from pytest_kdriver.targets.libvirt.leftovers import domain_resource
+from pytest_kdriver.targets.runs import Run
+from tests.vm.tiny_guest import TinyGuest
+run = Run()
+run.record("libvirt-domain", domain_resource({libvirt_uri!r}, "kdriver-abandoned"))
+guest = TinyGuest(Hypervisor.open({libvirt_uri!r}), Path({str(guest_folder)!r}), name="kdriver-abandoned")
+run.record("socket-folder", guest.sockets)
+guest.start()
+guest.domain.snapshot_save("first")
+print(guest.sockets, flush=True)
+signal.pause()
+"""
+    removers = {"libvirt-domain": remove_domain, "socket-folder": remove_tree}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        sockets = Path(run.stdout.readline().strip())
+        assert (sockets / "com1").is_socket()
+        assert collect_garbage(removers) == []  # its owner lives
+        assert abandoned_domains(hypervisor) == []
+        run.kill()
+    assert abandoned_domains(hypervisor) == ["kdriver-abandoned"]
+    assert len(collect_garbage(removers)) == 1
+    assert not sockets.exists()
+    assert [domain.name() for domain in hypervisor.connection.listAllDomains()] == []
+    remove_domain(domain_resource(libvirt_uri, "kdriver-abandoned"))  # gone already: no complaint
+
+
+def test_a_guest_whose_libvirt_is_gone_is_ended(guest_folder: Path) -> None:
+    daemon = PrivateLibvirt()
+    try:
+        daemon.start()
+        hypervisor = Hypervisor.open(daemon.uri)
+        guest = TinyGuest(hypervisor, guest_folder, name="kdriver-orphan")
+        guest.start()
+        hypervisor.close()
+        daemon.kill()
+        daemon.socket.unlink()
+        assert _runs("kdriver-orphan")
+        remove_domain(domain_resource(daemon.uri, "kdriver-orphan"))
+        assert not _runs("kdriver-orphan")
+        guest.disconnect()
+        remove_tree(guest.sockets)
+    finally:
+        daemon.stop()
+
+
+def test_only_the_emulator_of_that_name_is_ended() -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "guest=kdriver-other,x"]
+    with subprocess.Popen(command) as bystander:
+        end_emulator("kdriver-other")
+        assert bystander.poll() is None
+        bystander.kill()
+
+
+def test_a_refused_domain_is_told(hypervisor: Hypervisor, guest_folder: Path) -> None:
+    spec = DomainSpec(
+        name="kdriver-refused",
+        run="tests",
+        owner_pid=os.getpid(),
+        accelerator="tcg",
+        emulator=Path("/nonexistent/qemu"),
+        disk=guest_folder / "none.qcow2",
+    )
+    with pytest.raises(TargetError, match="libvirt refuses the domain: .*nonexistent"):
+        Domain(hypervisor, spec).define()
+
+
+def _runs(name: str) -> bool:
+    mark = f"guest={name},".encode()
+    return any(mark in entry.read_bytes() for entry in Path("/proc").glob("[0-9]*/cmdline"))
