@@ -20,10 +20,10 @@ import paramiko
 import pytest
 
 from pytest_kdriver.errors import LinkError
-from pytest_kdriver.guest.links import ssh
 from pytest_kdriver.guest.links.ssh import SshConfig, SshLink
 from tests.unit.far_ends import Sshd, command_line
 
+ROOT = Path(__file__).parents[2]
 ECHO = "cat"
 
 
@@ -338,12 +338,50 @@ class TestTheEnd:
         with closing(SshLink(sshd.config(), command_line(script), timeout=20)) as link:
             assert link.receive() == b"and now\n"
 
-    def test_is_where_the_other_machine_no_longer_confirms(self, sshd: Sshd) -> None:
-        """What the kernel does then is its own business: that it is asked to, and given cause to."""
-        with closing(SshLink(sshd.config(), ECHO, timeout=20)) as link:
-            timeout = link._transport.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
-            assert timeout == 30_000
-            assert 0 < ssh.KEEPALIVE < ssh.PEER_TIMEOUT
+    def test_is_where_the_other_machine_no_longer_confirms(self, tmp_path: Path) -> None:
+        """In a network of its own, which then goes down."""
+        script = tmp_path / "script.py"
+        script.write_text(_DEAD_PEER)
+        alone = ["unshare", "--net"]
+        if os.getuid():
+            alone += ["--user", "--map-current-user", "--keep-caps"]
+        tried = subprocess.run([*alone, "true"], capture_output=True, text=True, check=False)
+        if tried.returncode:
+            pytest.skip(f"a network of its own can't be had here: {tried.stderr.strip()}")
+        command = [*alone, sys.executable, str(script), str(tmp_path / "sshd")]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        seconds, why = done.stdout.split(maxsplit=1)
+        assert 1 < float(seconds) < 20
+        assert why.startswith("the connection was lost")
+
+
+_DEAD_PEER = """
+import fcntl, socket, struct, sys, time
+from pathlib import Path
+from pytest_kdriver.guest.links import ssh
+from tests.unit.far_ends import Sshd
+
+def set_loopback(flags):
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", flags))  # SIOCSIFFLAGS
+
+set_loopback(1)
+ssh.KEEPALIVE, ssh.PEER_TIMEOUT = 0.5, 2.0
+server = Sshd(Path(sys.argv[1]))
+link = ssh.SshLink(server.config(), "cat", timeout=20)
+link.send(b"x", 5)
+assert link.receive() == b"x"
+set_loopback(0)
+start = time.monotonic()
+assert link.receive() == b""
+print(time.monotonic() - start, link.ended)
+link.close()
+server.close()
+"""
 
 
 def test_without_paramiko_it_is_told_what_to_install(

@@ -149,15 +149,12 @@ class SshLink:
             return "it closed its output"
         code = self._channel.exit_status
         if code == -1:
-            reason = self._transport.saved_exception
-            lost = "the connection was lost" if self._lost() else "it was ended"
+            reason = str(self._transport.saved_exception or "")
+            lost = "it was ended" if self._transport.is_active() else "the connection was lost"
             return f"{lost}: {reason}" if reason else lost
         self._errors.join(_TICK)
         words = self._last_words.decode(errors="replace").strip()
         return f"it ended with exit code {code}" + (f" and said: {words}" if words else "")
-
-    def _lost(self) -> bool:
-        return not self._transport.is_active()
 
     def _read_errors(self) -> None:
         """Take what the agent complains of, for what nobody takes would stop it at some time."""
