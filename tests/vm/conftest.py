@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.paths import cache_directory
+from pytest_kdriver.targets.disk_images import DiskImage, Phase, ensure, read_image
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
-from pytest_kdriver.targets.runs import remove_tree
+from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
+from pytest_kdriver.targets.machine_target import MachineTarget
+from pytest_kdriver.targets.recipe import find_recipe
+from pytest_kdriver.targets.runs import Run, remove_tree
+from tests.conftest import new_project
 from tests.vm.daemon import PrivateLibvirt, daemon_user
+
+MANIFEST = Path(__file__).parents[2] / "drivers" / "Cargo.toml"
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +58,88 @@ def vm_cache() -> Iterator[Path]:
     home = real if os.geteuid() else Path(daemon_user().pw_dir)
     own = home / f"tests-{os.getpid()}"
     own.mkdir(parents=True)
-    for name, kept in (("wine", real), ("agent", real), ("hosts", real), ("disks", home)):
+    kept_where = dict.fromkeys(("wine", "agent", "forwarder", "hosts"), real) | {"disks": home}
+    for name, kept in kept_where.items():
         (kept / name).mkdir(exist_ok=True, parents=True)
         (own / name).symlink_to(kept / name)
     yield own
     remove_tree(own)
+
+
+@pytest.fixture(scope="session")
+def winevm_image(vm_cache: Path) -> DiskImage:
+    """The disk image, made in the real cache, and in ``vm_cache`` by hard links where that is another."""
+    run = Run()
+    try:
+        image = ensure(find_recipe("winevm", Path(__file__).parents[2]), run, _tell)
+    finally:
+        run.close()
+    shared = vm_cache / "disks" / image.folder.name
+    if not shared.exists():
+        unfinished = shared.with_name(f".{shared.name}-{os.getpid()}")
+        shutil.copytree(image.folder, unfinished, copy_function=_link)
+        unfinished.rename(shared)
+    return read_image(shared)
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # another file system
+        shutil.copy2(source, destination)
+
+
+def _tell(phase: Phase) -> None:
+    print(f"{phase.elapsed:4.0f} s: {phase.name}", file=sys.__stderr__, flush=True)
+
+
+@pytest.fixture(scope="session")
+def winevm_config(winevm_image: DiskImage, libvirt_uri: str) -> TargetConfig:
+    return TargetConfig(name="winevm", kind="libvirt", vm={"image": "winevm", "uri": libvirt_uri})
+
+
+@pytest.fixture(scope="session")
+def shared_winevm(winevm_config: TargetConfig, vm_cache: Path) -> Iterator[MachineTarget]:
+    """One guest for all tests that leave it as it was, or have it put back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDRIVER_CACHE", str(vm_cache))
+        target = MachineTarget(winevm_config.name, LibvirtMachine(winevm_config))
+        try:
+            target.start()
+            yield target
+        finally:
+            target.close()
+
+
+@pytest.fixture
+def winevm(shared_winevm: MachineTarget, own_cache: Path) -> MachineTarget:
+    """It, as it was when it had started."""
+    shared_winevm.revert()
+    return shared_winevm
+
+
+@pytest.fixture
+def project(
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    own_cache: Path,
+    winevm_image: DiskImage,
+) -> pytest.Pytester:
+    """An empty project of a user's."""
+    return new_project(monkeypatch, request)
+
+
+@pytest.fixture
+def configure(project: pytest.Pytester, libvirt_uri: str) -> Callable[..., None]:
+    """Write its config: this project's drivers, and winevm under the tests' libvirt, with more settings."""
+
+    def configure(*settings: str) -> None:
+        (project.path / "kdriver.toml").write_text(
+            f'manifest = "{MANIFEST}"\n[targets.winevm]\nuri = "{libvirt_uri}"\n'
+            + "\n".join(settings)
+        )
+
+    return configure
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +13,10 @@ import pytest_kdriver.session  # noqa: F401 -- once, or each run inside of this 
 from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets import prefix
+from tests.conftest import new_project
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = ROOT / "drivers" / "Cargo.toml"
-
-_RESULT = re.compile(
-    r"(?:\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL|RERUN) )?"
-    r"\S+?\.py::(\S+)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|RERUN)\b.*)?"
-)
 
 
 @pytest.fixture(scope="session")
@@ -57,43 +52,9 @@ def project(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, own_cache: Path
 ) -> pytest.Pytester:
     """An empty project of a user's, with a ``kdriver.toml`` that names the sample drivers."""
-    for name, folder in (("RUSTUP_HOME", ".rustup"), ("CARGO_HOME", ".cargo")):
-        monkeypatch.setenv(name, os.environ.get(name) or str(Path.home() / folder))
-    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # many processes, the same modules
-    pytester: pytest.Pytester = request.getfixturevalue("pytester")  # from here on HOME is another
+    pytester = new_project(monkeypatch, request)
     pytester.path.joinpath("kdriver.toml").write_text(f'manifest = "{MANIFEST}"\n')
     return pytester
-
-
-Run = Callable[..., pytest.RunResult]
-Verdicts = Callable[[pytest.RunResult], dict[str, str]]
-
-
-@pytest.fixture
-def run(project: pytest.Pytester) -> Run:
-    """Run pytest in the project, with warnings as errors, as a process of its own."""
-
-    def run(*arguments: str) -> pytest.RunResult:
-        return project.runpytest_subprocess("-W", "error", "-v", *arguments, timeout=300)
-
-    return run
-
-
-@pytest.fixture
-def verdicts() -> Verdicts:
-    """The verdicts of a run by the tests' names, in order; two of one test with a comma between."""
-
-    def verdicts(result: pytest.RunResult) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for line in result.outlines:
-            match = _RESULT.fullmatch(line.rstrip())
-            if match is None or not (verdict := match[1] or match[3]):
-                continue
-            name = match[2]
-            found[name] = f"{found[name]}, {verdict}" if name in found else verdict
-        return found
-
-    return verdicts
 
 
 @pytest.fixture

@@ -1,0 +1,143 @@
+"""A target under libvirt, on the guest that this project makes: put back for real, and what is in force."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from pytest_kdriver.driver import Driver
+from pytest_kdriver.errors import TargetError
+from pytest_kdriver.image.finder import ImageFinder
+from pytest_kdriver.kernel.events import KernelMessage
+from pytest_kdriver.targets.libvirt import machine as libvirt_machine
+from pytest_kdriver.targets.machine_target import FOLDER, MachineTarget
+
+DRIVERS = Path(__file__).parents[2] / "drivers" / "Cargo.toml"
+CANARY = r"C:\canary"
+
+
+@pytest.fixture(scope="session")
+def images() -> ImageFinder:
+    return ImageFinder(DRIVERS.parent, DRIVERS, profile="dev")
+
+
+@pytest.fixture
+def make(winevm: MachineTarget, images: ImageFinder) -> Iterator[Callable[[str], Driver]]:
+    drivers: list[Driver] = []
+
+    def make(name: str) -> Driver:
+        driver = Driver(winevm, images.find(name, beside=None), name=name, leaks="allow")
+        drivers.append(driver)
+        return driver
+
+    yield make
+    for driver in drivers:
+        driver.finish()
+
+
+def driver_processes(target: MachineTarget) -> set[int]:
+    """The processes that drivers run in; Wine's own have some."""
+    processes = target.agent.processes()
+    return {process.pid for process in processes if process.name.lower() == "winedevice.exe"}
+
+
+class TestRevert:
+    def test_takes_files_and_drivers_away(
+        self, winevm: MachineTarget, make: Callable[[str], Driver]
+    ) -> None:
+        drivers = driver_processes(winevm)
+        make("echo").start()
+        assert driver_processes(winevm) > drivers
+        winevm.agent.put(b"alive", CANARY)
+        generation = winevm.generation
+        winevm.revert()
+        assert winevm.generation == generation + 1
+        assert winevm.agent.hash(CANARY) is None
+        assert winevm.agent.query_service("echo") is None
+        assert driver_processes(winevm) == drivers
+
+    def test_is_proved_on_the_same_guest(self, winevm: MachineTarget) -> None:
+        """No new QEMU, no new agent: the snapshot was loaded."""
+        before = winevm.agent
+        winevm.agent.put(b"alive", CANARY)
+        winevm.revert()
+        assert winevm.agent is before
+
+    def test_of_an_untouched_guest_costs_nothing(self, winevm: MachineTarget) -> None:
+        generation = winevm.generation
+        winevm.revert()
+        assert winevm.generation == generation
+
+    def test_lets_the_log_go_on(self, winevm: MachineTarget, make: Callable[[str], Driver]) -> None:
+        make("hello").start()
+        winevm.revert()
+        driver = make("hello")
+        driver.start()
+        assert driver.dbgprint.lines == ["Hello, world!"]
+
+    def test_tells_of_no_death_of_the_drivers_that_it_took(
+        self, winevm: MachineTarget, make: Callable[[str], Driver]
+    ) -> None:
+        driver = make("hello")
+        driver.start()
+        winevm.revert()
+        assert not [e for e in driver.window.of(KernelMessage) if "agent is gone" in e.text]
+
+    def test_brings_the_clock_along(
+        self, winevm: MachineTarget, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was saved is some minutes old by now, or will be: here a day, to be seen."""
+        winevm.agent.set_clock(time.time() - 86400)
+        with pytest.raises(TargetError, match="the guest's clock is off by -86"):
+            winevm.machine.check(winevm.guest)
+        winevm.revert()
+        assert abs(winevm.agent.clock() - time.time()) < 2
+
+    def test_of_a_guest_whose_agent_is_dead_brings_it_back(self, winevm: MachineTarget) -> None:
+        agent = winevm.agent
+        with pytest.raises(Exception, match=r"link|agent"):
+            agent.terminate(agent.info.pid)
+        winevm.repair()
+        assert winevm.agent.query_service("kdriver") is None
+        assert winevm.broken is None
+
+
+class TestInForce:
+    def test_a_full_disk_is_told_with_the_command_that_mends_it(
+        self, winevm: MachineTarget, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(libvirt_machine, "FREE_SPACE", 1 << 50)
+        with pytest.raises(TargetError, match=r"C: has \d+ MiB free.*kdriver image build"):
+            winevm.machine.check(winevm.guest)
+
+    def test_an_agent_of_an_older_package_is_told(
+        self, winevm: MachineTarget, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(libvirt_machine, "_ASKED_FOR", frozenset({"hello", "fly"}))
+        with pytest.raises(TargetError, match="agent is older than this package, and can't fly"):
+            winevm.machine.check(winevm.guest)
+
+
+def test_an_image_that_is_there_is_not_copied_again(
+    winevm: MachineTarget, images: ImageFinder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = images.find("hello", beside=None)
+    winevm.install("hello", image, {}, 30)
+    winevm.uninstall("hello", 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(winevm.agent, "put", lambda *_, **__: pytest.fail("it was copied again"))
+        winevm.install("hello", image, {}, 30)
+        winevm.uninstall("hello", 30)
+    folder = f"{FOLDER}\\"
+    winevm.agent.run(["cmd", "/c", f"rmdir /s /q {folder}"], time_limit=30)
+    winevm.install("hello", image, {}, 30)
+
+
+def test_its_description_says_what_it_runs_by_and_how_it_is_put_back(winevm: MachineTarget) -> None:
+    told = winevm.describe()
+    assert "winevm under libvirt" in told
+    assert "KVM" in told
+    assert "put back by QEMU's snapshot-load" in told
