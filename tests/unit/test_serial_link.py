@@ -153,11 +153,13 @@ class TestTheBeginning:
                 waiting = other.connect_ex(str(port.path))
             making = pool.submit(SerialLink, port.path, timeout=10)
         # The others have gone, but not out of the queue.
-        while not making.done():
+        answered = False
+        while not answered:
             port.accept()
             with suppress(AssertionError, ConnectionError):  # one of the others
                 port.answer()
-        making.result(0).close()
+                answered = True
+        making.result(10).close()
 
     def test_is_an_error_where_no_socket_is(self, tmp_path: Path) -> None:
         with pytest.raises(LinkError, match=r"nowhere can't be connected to: .*No such file"):
