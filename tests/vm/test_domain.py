@@ -13,6 +13,7 @@ import pytest
 
 from pytest_kdriver.errors import TargetError
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
+from pytest_kdriver.targets.libvirt.domain import console_tail
 from pytest_kdriver.targets.libvirt.domain_xml import read_metadata
 from tests.vm.daemon import PrivateLibvirt
 from tests.vm.tiny_guest import TinyGuest
@@ -172,20 +173,37 @@ def test_a_triple_fault_later_is_the_end(guest: TinyGuest) -> None:
     assert guest.wait_stopped() == "the guest reset itself (a reboot, or a triple fault)"
 
 
-def test_the_console_is_kept_without_what_a_terminal_obeys(make: Make, guest_folder: Path) -> None:
+def test_the_console_is_kept(make: Make, guest_folder: Path) -> None:
     guest = make(ports=(), console=guest_folder / "0" / "console")
     guest.hypervisor.hand_over(guest_folder / "0")
     guest.domain.start()
     deadline = time.monotonic() + 20
-    while not guest.domain.console_tail():
-        assert time.monotonic() < deadline
+    while (tail := guest.domain.console_tail(1)) != ["the tiny guest is up"]:
+        assert time.monotonic() < deadline, tail
         time.sleep(0.02)
-    assert guest.domain.console_tail(1) == ["the tiny guest is up"]
 
 
-def test_the_screen_shows_what_the_guest_wrote(guest: TinyGuest, tmp_path: Path) -> None:
-    guest.domain.screenshot(tmp_path / "screen.png")
-    assert (tmp_path / "screen.png").stat().st_size > 1000  # an empty screen has fewer
+def test_a_console_that_is_hostile_is_only_text(tmp_path: Path) -> None:
+    console = tmp_path / "console"
+    said = b"\x1b]0;title\x07\x1b[2J\x1b[31mred\x1b[0m\r\n\xff\xfe\0\r\n\r\n\xe2\x80\xaegnol\r\n"
+    console.write_bytes(b"x" * 10_000_000 + b"\r\n" + said)
+    first, *rest = console_tail(console, 4)
+    assert first.strip("x") == ""
+    assert len(first) < 1000
+    assert rest == ["0;title?red", "\ufffd\ufffd?", "?gnol"]
+    assert console_tail(tmp_path / "none") == []
+
+
+def test_the_screen_is_the_guests_own(make: Make, tmp_path: Path) -> None:
+    pictures = set()
+    for number, code in enumerate((None, b"")):
+        guest = make(boots=code)
+        guest.domain.start() if code is not None else guest.start()
+        picture = tmp_path / f"{number}.png"
+        guest.domain.screenshot(picture)
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        pictures.add(picture.read_bytes())
+    assert len(pictures) == 2
 
 
 def test_the_sockets_are_nobody_elses(guest: TinyGuest) -> None:

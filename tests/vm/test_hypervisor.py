@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_kdriver.errors import TargetError
+from pytest_kdriver.targets.libvirt import connection
 from pytest_kdriver.targets.libvirt.accelerator import (
     Accelerator,
     find_accelerator,
@@ -23,7 +24,7 @@ from pytest_kdriver.targets.libvirt.accelerator import (
     trial_code,
 )
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
-from pytest_kdriver.targets.libvirt.domain import Domain
+from pytest_kdriver.targets.libvirt.domain import Domain, end_emulator
 from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
 from pytest_kdriver.targets.libvirt.enlightenments import (
     WANTED,
@@ -34,7 +35,6 @@ from pytest_kdriver.targets.libvirt.enlightenments import (
 from pytest_kdriver.targets.libvirt.leftovers import (
     abandoned_domains,
     domain_resource,
-    end_emulator,
     remove_domain,
 )
 from pytest_kdriver.targets.runs import collect_garbage, remove_tree
@@ -274,6 +274,30 @@ def test_a_guest_whose_libvirt_is_gone_is_ended(guest_folder: Path) -> None:
         assert not _runs("kdriver-orphan")
         guest.disconnect()
         remove_tree(guest.sockets)
+    finally:
+        daemon.stop()
+
+
+def test_a_libvirt_that_stays_away_is_told_and_its_guest_ended(
+    guest_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "_REOPEN_TIMEOUT", 0.5)
+    daemon = PrivateLibvirt()
+    try:
+        daemon.start()
+        hypervisor = Hypervisor.open(daemon.uri)
+        guest = TinyGuest(hypervisor, guest_folder, name="kdriver-forsaken")
+        guest.start()
+        daemon.kill()
+        assert guest.wait_stopped() == "libvirt's daemon is gone"
+        with pytest.raises(TargetError, match=r"is gone, and did not come back"):
+            guest.domain.monitor("query-status")
+        assert _runs("kdriver-forsaken")
+        guest.domain.destroy()
+        assert not _runs("kdriver-forsaken")
+        guest.disconnect()
+        remove_tree(guest.sockets)
+        hypervisor.close()
     finally:
         daemon.stop()
 

@@ -60,6 +60,7 @@ class Hypervisor:
         self._connection = connection
         self._lock = threading.RLock()
         self._closed = False
+        self._lost = False
         self._watchers: list[Callable[[bool], None]] = []
         xml = call(connection.getDomainCapabilities, None, "x86_64", None, "qemu")
         capabilities = ET.fromstring(xml)  # noqa: S314 -- from libvirt itself
@@ -202,14 +203,16 @@ class Hypervisor:
             watcher(back)
 
     def _reopen(self) -> None:
-        deadline = time.monotonic() + _REOPEN_TIMEOUT
+        deadline = time.monotonic() + (0.0 if self._lost else _REOPEN_TIMEOUT)
         while True:
             try:
                 self._connection = call(libvirt.open, self.uri)
                 self._listen()
+                self._lost = False
                 return
             except TargetError as e:
                 if time.monotonic() > deadline:
+                    self._lost = True  # who asks again is not to wait again
                     raise TargetError(
                         f"libvirt's daemon at {self.uri} is gone, and did not come back within "
                         f"{_REOPEN_TIMEOUT:g} s: {e}. {_how_to_mend(self.uri)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ SnapshotMethod = Literal["qmp", "libvirt"]
 _START_TIMEOUT: Final = 60.0
 _MONITOR_TIMEOUT: Final = 30.0
 _SNAPSHOT_TIMEOUT: Final = 120.0
+_END_TIMEOUT: Final = 10.0
 _JOB_INTERVAL: Final = 0.005
 _RESETS_WHILE_BOOTING: Final = 2  # Windows does it; a triple fault does it again and again
 
@@ -177,10 +179,13 @@ class Domain:
         if method is None:
             try:
                 return self.snapshot_save(tag, method="qmp", timeout=timeout)
-            except TargetError:
+            except TargetError as first:
                 if self.stopped is not None:
                     raise
-                return self.snapshot_save(tag, method="libvirt", timeout=timeout)
+                try:
+                    return self.snapshot_save(tag, method="libvirt", timeout=timeout)
+                except TargetError as e:
+                    raise TargetError(f"{first}; and by libvirt's own snapshot: {e}") from e
         if method == "qmp":
             self._save_by_qmp(tag, timeout)
         else:
@@ -400,7 +405,15 @@ def screenshot(
 
 
 def end_domain(hypervisor: Hypervisor, name: str) -> None:
-    """End the QEMU of a domain, if it runs. Raises ``TargetError`` where it stays."""
+    """End the QEMU of a domain, if it runs; by its process where libvirt is gone. Raises ``TargetError``."""
+    try:
+        _ = hypervisor.connection
+    except TargetError as e:
+        try:
+            end_emulator(name)
+        except OSError as error:
+            raise TargetError(f"{e}; and {error}") from error
+        return
     try:
         call(call(hypervisor.connection.lookupByName, name).destroy)
     except TargetError as e:
@@ -415,6 +428,30 @@ def undefine_domain(hypervisor: Hypervisor, name: str) -> None:
     except TargetError as e:
         if not _is_gone(e):
             raise
+
+
+def end_emulator(name: str) -> None:
+    """Kill the QEMU of the domain ``name``. Raises OSError where it stays."""
+    deadline = time.monotonic() + _END_TIMEOUT
+    while alive := _emulators(name):
+        if time.monotonic() > deadline:
+            raise OSError(f"QEMU of {name} does not end: {alive}")
+        for pid in alive:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _emulators(name: str) -> list[int]:
+    """libvirt starts QEMU with ``-name guest=NAME,...``; our names are not given twice."""  # noqa: D403
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            named = any(a.split(b",")[0] == f"guest={name}".encode() for a in arguments)
+            if named and b"qemu" in arguments[0]:
+                found.append(int(entry.name))
+    return found
 
 
 def console_tail(path: Path, lines: int = 20) -> list[str]:
