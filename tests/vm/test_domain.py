@@ -173,6 +173,16 @@ def test_a_triple_fault_later_is_the_end(guest: TinyGuest) -> None:
     assert guest.wait_stopped() == "the guest reset itself (a reboot, or a triple fault)"
 
 
+def test_a_kernel_that_panics_is_known_at_once_and_can_be_looked_at(
+    make: Make, tmp_path: Path
+) -> None:
+    tells_the_panic_device = bytes.fromhex("ba0505 b001 ee f4").ljust(510, b"\0") + b"\x55\xaa"
+    guest = make(boots=tells_the_panic_device, panic="isa")
+    guest.domain.start()
+    assert guest.wait_stopped() == "its kernel panicked"
+    guest.domain.screenshot(tmp_path / "screen.png")
+
+
 def test_the_console_is_kept(make: Make, guest_folder: Path) -> None:
     guest = make(ports=(), console=guest_folder / "0" / "console")
     guest.hypervisor.hand_over(guest_folder / "0")
