@@ -21,10 +21,10 @@ from pytest_kdriver.port_stream import (
     MarkKind,
     encode_mark,
     encode_payload,
-    new_nonce,
 )
 
-BOOT = encode_mark(MarkKind.BOOT, new_nonce())
+BOOT = encode_mark(MarkKind.BOOT, "b" * 32)
+OTHER_ANSWER = encode_mark(MarkKind.ANSWER, "c" * 32)
 
 
 class Port:
@@ -119,7 +119,7 @@ class TestTheBeginning:
         making = pool.submit(SerialLink, port.path, timeout=10)
         port.accept()
         port.send(b"SeaBIOS (version 1.16)\r\n}~~A12" + BOOT + b"half a frame of an earlier host")
-        port.send(encode_mark(MarkKind.ANSWER, new_nonce()) + b"another half")
+        port.send(OTHER_ANSWER + b"another half")
         nonce = port.sync()
         port.send(encode_mark(MarkKind.ANSWER, nonce) + encode_payload(b"~ours}"))
         port.send(encode_mark(MarkKind.ANSWER, nonce) + b"too")
@@ -176,7 +176,7 @@ class TestTheBeginning:
 
 
 class TestTheEnd:
-    @pytest.mark.parametrize("mark", [BOOT, encode_mark(MarkKind.ANSWER, new_nonce())])
+    @pytest.mark.parametrize("mark", [BOOT, OTHER_ANSWER], ids=["boot", "answer"])
     def test_is_where_another_agent_begins(self, port: Port, link: SerialLink, mark: bytes) -> None:
         port.send(b"the last" + mark + b"not ours")
         assert receive(link, 9) == b"the last"
