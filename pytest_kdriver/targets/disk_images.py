@@ -50,6 +50,9 @@ _LOG: Final = "build.log"
 _SHOWN: Final = 20
 """How many of the log's last lines an error shows."""
 
+_PATIENCE: Final = 5.0
+"""Seconds that a killed build has to be gone."""
+
 OLD_ONES: Final = 2
 """How many older images of a recipe are left when a new one is made: other checkouts may use them."""
 
@@ -246,17 +249,33 @@ def _follow(
             phase(name)
         process.wait()
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _end(process)
         output.close()
     return name
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a build, and return when it is gone.
+
+    The first process of a pid namespace is not gone before all others of it are, and its parent waits for it.
+    """
+    if process.poll() is None:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        with suppress(OSError):
+            for child in children.read_text().split():
+                os.kill(int(child), signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _failure(recipe: Recipe, phase: str, code: int, log: Path) -> TargetError:
     """What to say of a build that failed. The log is kept."""
     kept = disks_directory() / f"{recipe.name}.log"
-    shutil.copyfile(log, kept)
+    with suppress(OSError):  # a full disk, say
+        shutil.copyfile(log, kept)
     text = log.read_text(encoding="utf-8", errors="replace")
     last = "\n".join(f"    {line}" for line in text.splitlines()[-_SHOWN:])
     full = os.strerror(errno.ENOSPC) in text

@@ -13,6 +13,8 @@ use std::path::Path;
 const SEND_BUFFER: i32 = 4 << 20;
 /// The rest of a longer message is lost. Wine's are of some 1,100 bytes.
 const LONGEST: usize = 1 << 20;
+/// After so many messages the rest of the world is looked at, even where they are dropped.
+const AT_ONCE: usize = 256;
 /// How long it takes, at most, to see that the host has connected: a port where nobody is there says "readable".
 const ABSENT: i32 = 50;
 /// How often to look whether there is a port.
@@ -146,7 +148,10 @@ impl Server {
 
     /// Takes the messages that are there, but not more than the port takes at once.
     fn take_messages(&mut self) -> io::Result<()> {
-        while !self.forwarder.is_full() {
+        for _ in 0..AT_ONCE {
+            if self.forwarder.is_full() {
+                break;
+            }
             match sys::receive_message(self.messages.as_fd(), &mut self.buffer) {
                 Ok((length, sender)) => self.forwarder.take_message(&self.buffer[..length], sender),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
