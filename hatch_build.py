@@ -2,7 +2,7 @@
 
 In the wheel, ``pytest_kdriver/guest/kdagent.exe`` is the agent and ``pytest_kdriver/targets/kdtrace`` the
 forwarder, both built here by cargo, and ``pytest_kdriver/_images/NAME/`` is ``vm/images/NAME/``. An editable
-install has none of them: there the package finds ``vm/`` beside it, and builds what it needs when it needs it.
+install has none of them: there the package finds ``vm/`` beside it, and builds each when it is first needed.
 
 The wheel is for any platform ("py3-none-any"): what is compiled in it runs in the guest, not here.
 """
@@ -34,7 +34,7 @@ class KdriverBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def build_programs(root: Path) -> tuple[Path, Path]:
-    """Build what runs in guests: kdagent.exe and kdtrace. ``$CARGO_TARGET_DIR`` counts, as it does for cargo."""
+    """Build what runs in guests: the agent and the forwarder. ``$CARGO_TARGET_DIR`` counts, as for cargo."""
     sys.path.insert(0, str(root))
     try:
         from pytest_kdriver.guest.executable import build_agent
