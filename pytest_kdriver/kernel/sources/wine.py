@@ -32,7 +32,7 @@ from __future__ import annotations
 import itertools
 import re
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -78,9 +78,22 @@ MAX_MESSAGE: Final = 1 << 20
 """A frame larger than this is an error. Wine writes some 1,100 bytes at a time; a pipe's worth is 64 KiB."""
 
 _REMEMBERED = 4096
-"""How many processes, threads, senders, stacks and unanswered calls are kept in mind; those that nothing was
-heard of for the longest are forgotten."""
+"""How many processes, threads, senders and stacks are kept in mind; those that nothing was heard of for the
+longest are forgotten."""
 
+_LONGEST = 1 << 16
+"""A message without its newline that is longer than this is taken for whole."""
+
+_UNFINISHED = 256
+"""How many messages without their newline are kept, the oldest being forgotten."""
+
+_DRIVERS = 64
+"""How many drivers one process can have."""
+
+_NESTED = 16
+"""How many pool calls a thread can be in: one that the system answers by another is two."""
+
+# Numbers and names are of bounded length, for a guest may write anything: what has more is only text.
 _HEADER = re.compile(rb" {0,2}\d+\.\d{3}:([0-9a-f]{4,8}):([0-9a-f]{4,8}):")
 """In the first 99 seconds of a machine their number is padded with spaces."""
 
@@ -88,30 +101,37 @@ _PRINT = b"warn:debugstr:vDbgPrintExWithPrefix "
 _PRINT_LEVELS = re.compile(rb"([0-9a-f]{8}):([0-9a-f]{8}): ")
 _STACK = b"0000004d:40000000: kdriver:stack "
 _STACK_RECORD = re.compile(rb"([0-9a-f]{1,16})((?: [0-9a-f]{1,16}){0,28})\n")
-_POOL_CALL = re.compile(rb"Call ntoskrnl\.exe\.(Ex\w+)\(([0-9a-f,]*)\) ret=([0-9a-f]+)")
-_POOL_RETURN = re.compile(rb"Ret  ntoskrnl\.exe\.(Ex\w+)\(\) retval=([0-9a-f]+) ret=([0-9a-f]+)")
-_BUG_CHECK_CALL = re.compile(
-    rb"Call ntoskrnl\.exe\.KeBugCheck(?:Ex)?\([0-9a-f,]*\) ret=([0-9a-f]+)"
+_POOL_CALL = re.compile(
+    rb"Call ntoskrnl\.exe\.(Ex\w{1,60})\(([0-9a-f]{0,16}(?:,[0-9a-f]{1,16}){0,7})\) ret=([0-9a-f]{1,16})"
 )
-_KEY_NAME = rb'L"(?:[^"\\]|\\.)*\\\\((?:[^"\\]|\\[^\\])*)"'
+_POOL_RETURN = re.compile(
+    rb"Ret  ntoskrnl\.exe\.(Ex\w{1,60})\(\) retval=([0-9a-f]{1,16}) ret=([0-9a-f]{1,16})"
+)
+_BUG_CHECK_CALL = re.compile(
+    rb"Call ntoskrnl\.exe\.KeBugCheck(?:Ex)?\([0-9a-f,]*\) ret=([0-9a-f]{1,16})"
+)
+_KEY_NAME = rb'L"(?:[^"\\]|\\.)*\\\\((?:[^"\\]|\\[^\\]){0,1280})"'
 """A registry path; the group is its last part. Backslashes and quotes are escaped by a backslash."""
 
 _DRIVER_CALL = re.compile(
-    rb"(Call|Ret ) driver (init|unload) ([0-9A-F]+) \(obj=[0-9A-F]+"
+    rb"(Call|Ret ) driver (init|unload) ([0-9A-F]{1,16}) \(obj=[0-9A-F]+"
     rb"(?:,str=" + _KEY_NAME + rb")?\)(?: retval=([0-9a-f]{8}))?"
 )
 _LOAD_FAILED = re.compile(
     rb"err:ntoskrnl:ZwLoadDriver failed to create driver " + _KEY_NAME + rb": ([0-9a-f]{8})"
 )
-_BUG_CHECK = re.compile(rb"err:ntoskrnl:KeBugCheckEx ([0-9a-f]+)((?: [0-9a-f]+)*)")
-_FENCE = re.compile(rb'warn:debugstr:OutputDebugStringA "([^"]*)"')
+_BUG_CHECK = re.compile(rb"err:ntoskrnl:KeBugCheckEx ([0-9a-f]{1,16})((?: [0-9a-f]{1,16}){0,4})")
+_FENCE = re.compile(rb'warn:debugstr:OutputDebugStringA "([^"]{0,256})"')
 _EXCEPTION = re.compile(
-    rb"wine: (.+) at address (?:0x)?([0-9A-Fa-f]+) \(thread ([0-9a-f]+)\), starting debugger"
+    rb"wine: (.+) at address (?:0x)?([0-9A-Fa-f]{1,16}) \(thread ([0-9a-f]{1,8})\), starting debugger"
 )
-_PAGE_FAULT = re.compile(rb"Unhandled page fault on (\w+) access to (?:0x)?([0-9A-Fa-f]+)")
+_PAGE_FAULT = re.compile(
+    rb"Unhandled page fault on (\w{1,20}) access to (?:0x)?([0-9A-Fa-f]{1,16})"
+)
 _EXCEPTION_CODE = re.compile(rb"Unhandled exception 0x([0-9a-f]{1,8})\b")
 _MISSING_EXPORT = re.compile(
-    rb"wine: Call from (?:0x)?([0-9A-Fa-f]+) to unimplemented function (.+)\.([^.\s]+), aborting"
+    rb"wine: Call from (?:0x)?([0-9A-Fa-f]{1,16}) to unimplemented function "
+    rb"(.{1,512})\.([^.\s]{1,512}), aborting"
 )
 _ESCAPED = re.compile(rb"\\(?:x([0-9a-f]{4})|(.))", re.DOTALL)
 
@@ -147,9 +167,13 @@ class _Process:
     ended: set[str] = field(default_factory=set)
 
     def begin(self, driver: str) -> None:
-        self.drivers = [known for known in self.drivers if known not in self.ended | {driver}]
-        self.drivers.append(driver)
+        others = [known for known in self.drivers if known not in self.ended | {driver}]
+        self.drivers = [*others[-(_DRIVERS - 1) :], driver]
         self.ended.clear()
+
+    def end(self, driver: str) -> None:
+        if driver in self.drivers:
+            self.ended.add(driver)
 
     @property
     def driver(self) -> str | None:
@@ -171,16 +195,15 @@ class _Thread:
 
     process: int
     running: str | None = None
-    calls: list[_PoolCall] = field(default_factory=list)
+    calls: deque[_PoolCall] = field(default_factory=lambda: deque(maxlen=_NESTED))
     bug_check_caller: int | None = None
 
 
 @dataclass(slots=True)
 class _Sender:
-    """A Unix process that writes to the trace: the guest's process that it is, its unfinished messages."""
+    """A Unix process that writes to the trace: the guest's process that it is."""
 
     process: int | None = None
-    unfinished: list[bytes] = field(default_factory=list)
 
 
 class WineTrace:
@@ -192,6 +215,7 @@ class WineTrace:
         self._threads: OrderedDict[int, _Thread] = OrderedDict()
         self._senders: OrderedDict[int, _Sender] = OrderedDict()
         self._stacks: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
+        self._unfinished: deque[tuple[int, bytes]] = deque(maxlen=_UNFINISHED)
         self._now = 0.0
 
     def receive_data(self, data: bytes, now: float) -> list[Event]:
@@ -229,25 +253,26 @@ class WineTrace:
         if sender is None:
             sender = _remember(self._senders, number, _Sender())
         if header is None:
-            if sender.unfinished and not message.startswith(b"wine: "):
-                return self._continue_message(sender, message, number)
+            if not message.startswith(b"wine: "):
+                return self._continue_message(message, number)
             return self._without_header(message, sender)
-        if not message.endswith(b"\n"):
-            if len(sender.unfinished) < _REMEMBERED:
-                sender.unfinished.append(message)
+        if not message.endswith(b"\n") and len(message) < _LONGEST:
+            self._unfinished.append((number, message))
             return None
         return self._with_header(header, message, number)
 
-    def _continue_message(self, sender: _Sender, text: bytes, number: int) -> Event | None:
+    def _continue_message(self, text: bytes, number: int) -> Event | None:
         """Join ``text`` with the oldest header of its sender that it fits."""
-        waiting = sender.unfinished
+        waiting = [begun for sender, begun in self._unfinished if sender == number]
+        if not waiting:
+            return None
         is_print = _PRINT_LEVELS.match(text) is not None
         fitting = [begun for begun in waiting if begun.endswith(_PRINT) == is_print]
         begun = (fitting or waiting)[0]
-        waiting.remove(begun)
+        self._unfinished.remove((number, begun))
         message = begun + text
-        if not message.endswith(b"\n") and len(message) < MAX_MESSAGE:
-            waiting.insert(0, message)
+        if not message.endswith(b"\n") and len(message) < _LONGEST:
+            self._unfinished.appendleft((number, message))
             return None
         header = _HEADER.match(message)
         assert header is not None
@@ -273,7 +298,8 @@ class WineTrace:
         sender = self._senders.get(number)
         if number and sender is not None and sender.process != process:
             if sender.process is not None:
-                sender.unfinished.clear()
+                left = (entry for entry in self._unfinished if entry[0] != number)
+                self._unfinished = deque(left, maxlen=_UNFINISHED)
             sender.process = process
         hosted = _recall(self._processes, process)
         if hosted is not None and number and hosted.sender != number:
@@ -312,9 +338,7 @@ class WineTrace:
     def _relay(self, body: bytes, process: int, thread: int, number: int) -> Event | None:
         if call := _POOL_CALL.match(body):
             arguments = [int(argument, 16) for argument in call[2].split(b",") if argument]
-            calls = self._threads[thread].calls
-            if len(calls) < _REMEMBERED:
-                calls.append(_PoolCall(call[1].decode(), arguments))
+            self._threads[thread].calls.append(_PoolCall(call[1].decode(), arguments))
             return None
         if returned := _POOL_RETURN.match(body):
             return self._pool_returned(returned, process, thread)
@@ -371,7 +395,7 @@ class WineTrace:
             if begins:
                 return DriverUnloadCalled(self._now, known, process)
             if hosted is not None:
-                hosted.ended.add(known)
+                hosted.end(known)
             return DriverUnload(self._now, known, process)
         if match[4] is None:
             return None
@@ -387,7 +411,7 @@ class WineTrace:
             return None
         status = NTSTATUS(int(match[5], 16))
         if status and hosted is not None:
-            hosted.ended.add(driver)
+            hosted.end(driver)
         return DriverInit(self._now, driver, process, status)
 
     def _told(self, body: bytes, process: int, thread: int) -> Event | None:
@@ -406,8 +430,6 @@ class WineTrace:
         return None
 
     def _without_header(self, message: bytes, sender: _Sender) -> Event | None:
-        if not message.startswith(b"wine: "):
-            return None
         driver = self._driver_alone_in(sender.process)
         if exception := _EXCEPTION.match(message):
             thread = self._threads.get(int(exception[3], 16))
