@@ -31,6 +31,7 @@ from pytest_kdriver.guest.links.link import Link, PortLink
 from pytest_kdriver.guest.messages import Completed, Process, Request, ServiceStatus
 from pytest_kdriver.guest.registry import RegistryValue, decode_value, encode_value
 from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
+from pytest_kdriver.guest.words import words
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.win32error import Win32Error
 
@@ -477,7 +478,7 @@ class Agent:
                 break
             time.sleep(_DATE_POLL)
         if abs(off) > CLOCK_TOLERANCE:
-            told = done.stderr.decode(errors="replace").strip() or "date said nothing"
+            told = words(done.stderr.decode(errors="replace").strip()) or "date said nothing"
             raise AgentError(
                 f"the guest's clock is {off:+.1f} s off behind date ({told}); it may be set by root alone",
                 operation="set_clock",
@@ -598,7 +599,7 @@ class Agent:
 
     def _take(self, frame: Frame) -> None:
         if frame.request == 0 and frame.kind is Kind.ERROR:
-            raise AgentProtocolError(from_bytes(messages.Error, frame.body).message)
+            raise AgentProtocolError(words(from_bytes(messages.Error, frame.body).message))
         if frame.kind is Kind.REQUEST or not 0 < frame.request <= self._last_request:
             raise AgentProtocolError(f"a {frame.kind.name} with the id {frame.request}")
         if frame.kind is Kind.PART:
@@ -696,7 +697,7 @@ def _to_exception(request: Request[Message], error: messages.Error) -> AgentErro
     operation = messages.OPERATION_OF[type(request)].name
     subject = "".join(f" ({getattr(request, field.name)!r})" for field in fields(request)[:1])  # type: ignore[arg-type]
     if error.domain == 0:
-        return AgentError(error.message + subject, operation=operation)
+        return AgentError(words(error.message) + subject, operation=operation)
     code = NTSTATUS(error.code) if error.domain == 2 else Win32Error(error.code)
     kind = NotImplementedByGuest if code == NTSTATUS.STATUS_NOT_IMPLEMENTED else AgentError
-    return kind(f"can't {error.message}{subject}", operation=operation, code=code)
+    return kind(f"can't {words(error.message)}{subject}", operation=operation, code=code)

@@ -131,15 +131,23 @@ def _write_counted(value: bytes, out: bytearray) -> None:
     out += value
 
 
+MAX_ITEMS = 1 << 16
+"""The most items of a tuple: in Python each takes many times the room that it takes in a message."""
+
+
 def _tuple(item: _Codec) -> _Codec:
+    def read(reader: _Reader) -> tuple[object, ...]:
+        count = reader.number(_COUNT)
+        if count > MAX_ITEMS:
+            raise ValueError(f"{count} items; {MAX_ITEMS} are the most")
+        return tuple(item.read(reader) for _ in range(count))
+
     def write(value: tuple[object, ...], out: bytearray) -> None:
         out += _COUNT.pack(len(value))
         for element in value:
             item.write(element, out)
 
-    return _Codec(
-        lambda reader: tuple(item.read(reader) for _ in range(reader.number(_COUNT))), write
-    )
+    return _Codec(read, write)
 
 
 def _optional(item: _Codec) -> _Codec:
