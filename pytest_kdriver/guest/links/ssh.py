@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from pytest_kdriver.errors import LinkError
 from pytest_kdriver.guest.links.outbox import Outbox
+from pytest_kdriver.guest.words import words
 
 if TYPE_CHECKING:
     import paramiko
@@ -149,12 +151,12 @@ class SshLink:
             return "it closed its output"
         code = self._channel.exit_status
         if code == -1:
-            reason = str(self._transport.saved_exception or "")
+            reason = words(str(self._transport.saved_exception or ""))
             lost = "it was ended" if self._transport.is_active() else "the connection was lost"
             return f"{lost}: {reason}" if reason else lost
         self._errors.join(_TICK)
-        words = self._last_words.decode(errors="replace").strip()
-        return f"it ended with exit code {code}" + (f" and said: {words}" if words else "")
+        said = words(self._last_words.decode(errors="replace").strip())
+        return f"it ended with exit code {code}" + (f" and said: {said}" if said else "")
 
     def _read_errors(self) -> None:
         """Take what the agent complains of, for what nobody takes would stop it at some time."""
@@ -212,10 +214,11 @@ def _connect(
             _cut(transport)
         if not isinstance(error, (ssh.SSHException, EOFError, OSError)):
             raise
+        # "from None", for a report of pytest's shows what functions were called with: the password.
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
-            raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s") from error
-        told = str(error) or "it hung up"
-        raise LinkError(f"the {where} did not {doing}: {told}") from error
+            raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s") from None
+        told = words(str(error)) or "it hung up"
+        raise LinkError(f"the {where} did not {doing}: {told}") from None
     if time.monotonic() >= deadline:
         _cut(transport)
         raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s")
@@ -332,7 +335,8 @@ def _read_key(ssh: ModuleType, config: SshConfig) -> paramiko.PKey | None:
                 ) from None
             return ssh.PKey.from_path(config.key, config.password.encode())
     except (OSError, ValueError, ssh.SSHException, ssh.UnknownKeyType) as error:
-        raise LinkError(f"the SSH key {config.key} can't be read: {error}") from error
+        # "from None", for a report of pytest's shows what functions were called with: the passphrase.
+        raise LinkError(f"the SSH key {config.key} can't be read: {error}") from None
 
 
 def _authenticate(
@@ -347,13 +351,19 @@ def _authenticate(
         if config.agent:
             agent = stack.enter_context(contextlib.closing(ssh.Agent()))
             keys += [("a key of ssh-agent", agent_key) for agent_key in agent.get_keys()]
-        attempts = [(name, transport.auth_publickey, offered) for name, offered in keys]
+        attempts: list[tuple[str, Callable[[], object]]] = [
+            (name, functools.partial(transport.auth_publickey, config.user, offered))
+            for name, offered in keys
+        ]
         if config.password is not None:
-            attempts.append(("the password", transport.auth_password, config.password))
-        for name, authenticate, offered in attempts:
+            # No local variable has the password: pytest's --showlocals shows them.
+            attempts.append(
+                ("the password", lambda: transport.auth_password(config.user, config.password))
+            )
+        for name, authenticate in attempts:
             tried.append(name)
             with contextlib.suppress(ssh.AuthenticationException):
-                authenticate(config.user, offered)
+                authenticate()
             if transport.is_authenticated():
                 return
             if not transport.is_active():
