@@ -48,7 +48,9 @@ class Run:
 
     def record(self, kind: str, path: Path) -> None:
         """Write down that ``path``, a resource of this kind, is about to be made."""
-        with (self.path / _RESOURCES).open("a", encoding="utf-8") as file:
+        resources = self.path / _RESOURCES
+        resources.touch(mode=0o600)
+        with resources.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "path": str(path)}) + "\n")
 
     def keep(self) -> None:
