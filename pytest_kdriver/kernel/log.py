@@ -25,7 +25,7 @@ E = TypeVar("E", bound=Event)
 
 SEGMENT_EVENTS: Final = 4096
 SEGMENT_BYTES: Final = 1 << 20
-"""A segment is closed at so many events, or bytes of printed text, whichever comes first."""
+"""A segment is closed at so many events, or bytes of text, whichever comes first."""
 
 SEGMENTS_IN_MEMORY: Final = 4
 
@@ -86,6 +86,8 @@ class KernelLog:
                 last.events.append(event)
                 if type(event) is DebugPrint:
                     self._bytes += len(event.raw)
+                elif type(event) is KernelMessage:
+                    self._bytes += len(event.text)
                 if len(last.events) >= SEGMENT_EVENTS or self._bytes >= SEGMENT_BYTES:
                     self._close_segment(last)
             self._length += len(events)
