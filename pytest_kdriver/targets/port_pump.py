@@ -96,7 +96,7 @@ class PortPump:
         with suppress(BlockingIOError):
             try:
                 self._connection.send(mark, socket.MSG_DONTWAIT)
-            except BrokenPipeError as error:
+            except ConnectionError as error:
                 raise LinkError("the kernel log's port is gone") from error
 
     def _run(self) -> None:
