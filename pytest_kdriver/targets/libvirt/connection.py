@@ -133,7 +133,7 @@ class Hypervisor:
         """
         if self.owner.uid == os.geteuid():
             return
-        os.chown(path, self.owner.uid, self.owner.gid)
+        os.chown(path, self.owner.uid, self.owner.gid, follow_symlinks=False)
         self.require_access(path)
 
     def require_access(self, path: Path) -> None:

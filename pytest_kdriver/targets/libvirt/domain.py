@@ -459,7 +459,7 @@ def console_tail(path: Path, lines: int = 20) -> list[str]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 200 * lines))
-            text = file.read().decode("utf-8", errors="replace")
+            text = file.read(200 * lines).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
     return [_printable(line) for line in text.splitlines() if line.strip()][-lines:]
