@@ -71,6 +71,9 @@ PUT_WINDOW = 4
 CLOCK_TOLERANCE = 2.0
 """How far, in seconds, a clock may be from what it was just set to."""
 
+_NO_FRAME = b"\0\0\0\0"
+"""A frame's length that no frame has."""
+
 _DATE_TIMEOUT = 5.0
 _DATE_POLL = 0.02
 
@@ -242,6 +245,22 @@ class Agent:
         self._reader = self._start_reader()
         self._greet(_left(deadline))
 
+    def park(self, *, timeout: float) -> None:
+        """Have the agent at a port drop all that comes until the next session, and end this one and the link.
+
+        That is how it has to be in a snapshot: requests that are on their way when that is loaded would be
+        done in the guest that was put back. What makes it so is a frame that is none, and its complaint
+        says that it is. ``TimeoutError`` where that does not come, ``LinkError`` where the link is gone.
+        """
+        deadline = time.monotonic() + timeout
+        if self.pending:
+            raise RuntimeError(f"park was called while {self.pending} requests wait for answers")
+        self._link.send(_NO_FRAME, timeout)
+        self._reader.join(_left(deadline))
+        if self._reader.is_alive():
+            raise TimeoutError("park: the agent did not answer in time")
+        self.close()
+
     @property
     def pending(self) -> int:
         """How many requests wait for an answer."""
@@ -252,6 +271,11 @@ class Agent:
     def closed(self) -> bool:
         """Whether the link has ended."""
         return self._failure is not None
+
+    @property
+    def ended(self) -> str | None:
+        """Why the link ended, in the link's words; None while it has not."""
+        return self._link.ended
 
     def close(self) -> None:
         """End the link, and with it the agent's process, but for one that stays at its port."""

@@ -15,7 +15,7 @@ from pytest_kdriver.errors import AgentError, ConfigError, LinkError, TargetErro
 from pytest_kdriver.guest.agent import Agent, IoOutcome
 from pytest_kdriver.image.pe import ImageLayout, read_layout
 from pytest_kdriver.image.preflight import Report
-from pytest_kdriver.kernel.events import Fence
+from pytest_kdriver.kernel.events import Fence, KernelMessage
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.leftovers import REMOVERS, SPILL, remove_file
@@ -218,7 +218,9 @@ class MachineTarget:
                 self.generation += 1
                 self._go_on_with(reverted)
                 self._verify()
-        except TargetError:
+        except TargetError as error:
+            told = f"the guest could not be put back, and is made anew: {error}"
+            self.log.append([KernelMessage(time.monotonic(), None, told)])
             return False
         self._touched = False
         return True

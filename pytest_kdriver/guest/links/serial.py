@@ -136,7 +136,7 @@ class SerialLink:
         except BlockingIOError:
             return 0
         except OSError:
-            self._gone = _GONE
+            self._gone = PORT_GONE
             return 0
 
     def receive(self) -> bytes:
@@ -160,7 +160,7 @@ class SerialLink:
         if data:
             self._received += self._stream.receive_data(data)
         else:
-            self._gone = _GONE
+            self._gone = PORT_GONE
 
     def _poll(self, events: int, timeout: float | None) -> int:
         """Wait for the socket, ``suspend`` or ``close``; what of the socket is there."""
@@ -182,7 +182,7 @@ class SerialLink:
                 os.close(self._wake)
 
 
-_GONE = "the virtual machine's port is gone"
+PORT_GONE = "the virtual machine's port is gone"
 
 
 def _connect(path: Path, deadline: float, timeout: float) -> socket.socket:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.errors import LinkError, TargetError
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.guest.links.serial import PORT_GONE
 from pytest_kdriver.image.preflight import Report, preflight
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.kernel.sources.wine import WineTrace
@@ -33,13 +35,15 @@ from pytest_kdriver.targets.libvirt.base_disk import BaseDisk, make_overlay
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.domain import Domain, SnapshotMethod
 from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
+from pytest_kdriver.targets.libvirt.enlightenments import Enlightenments, find_enlightenments
 from pytest_kdriver.targets.libvirt.kept import KeptVm
 from pytest_kdriver.targets.libvirt.leftovers import domain_resource
 from pytest_kdriver.targets.machine import Guest
 from pytest_kdriver.targets.port_pump import PortPump
+from pytest_kdriver.targets.prefix import MORE_ROOM
 from pytest_kdriver.targets.recipe import find_recipe
 from pytest_kdriver.targets.runs import Run, remove_tree
-from pytest_kdriver.vm_config import VmConfig, vm_config
+from pytest_kdriver.vm_config import vm_config
 
 _ALWAYS: Final = frozenset({"snapshots", "programs"})
 _SEEN: Final = frozenset({"kernel-log", "pool", "crashes"})
@@ -51,6 +55,9 @@ ATTEMPT: Final = 5.0
 guest still runs."""
 
 RESUME_TIMEOUT: Final = 30.0
+STOP_TIMEOUT: Final = 3.0
+"""Seconds between the end of QEMU and libvirt's word that it ended."""
+
 CLOCK_TOLERANCE: Final = 5.0
 FREE_SPACE: Final = 64 << 20
 """Bytes that have to be free on the guest's C:."""
@@ -75,8 +82,9 @@ class LibvirtMachine:
         seen = _SEEN if self._config.kernel_log != "none" else frozenset[str]()
         self.capabilities = (_ALWAYS | seen) - config.without
         self._hypervisor: Hypervisor | None = None
-        self._base: BaseDisk | None = None
+        self.base: BaseDisk | None = None
         self._vm: _Vm | None = None
+        self._dropped: tuple[tuple[str, str], ...] = ()
 
     # what it is
 
@@ -90,8 +98,10 @@ class LibvirtMachine:
         )
         if accelerator.kind != "kvm":
             told += f", which is slow: {accelerator.reason}"
+        if self._dropped:
+            told += f"; without {', '.join(name for name, _ in self._dropped)}"
         way = self._vm.method if self._vm is not None else None
-        return f"{told}; put back by {_WAYS[way or usual_method(self._config)]}"
+        return f"{told}; put back by {_WAYS[way or 'qmp']}"
 
     def _connect(self) -> Hypervisor:
         if self._hypervisor is None:
@@ -110,35 +120,48 @@ class LibvirtMachine:
         else:
             assert self._config.disk is not None
             base, sha256 = self._config.disk, self._config.sha256
-        if self._base is None:
-            self._base = BaseDisk(base, sha256)
-        self._base.check()
-        self._vm = vm = self._make(hypervisor, run, generation)
+        if self.base is None:
+            self.base = BaseDisk(base, sha256)
+        self.base.check()
+        guest = self._try_to_boot(hypervisor, run, log, f"{generation}")
+        if guest is None:
+            guest = self._try_to_boot(hypervisor, run, log, f"{generation}-tcg")
+        assert guest is not None, "only KVM gets a second try"
+        return guest
+
+    def _try_to_boot(
+        self, hypervisor: Hypervisor, run: Run, log: KernelLog, number: str
+    ) -> Guest | None:
+        """Make a domain and bring it up; None where KVM failed it, which is remembered."""
+        self._vm = vm = self._make(hypervisor, run, number)
         try:
             return self._bring_up(vm, log)
         except BaseException as error:
             told = self._last_words(vm) if isinstance(error, TargetError | TimeoutError) else ""
             vm.end()
             self._vm = None
+            if vm.note_kvm_failure():
+                _say(f"target {self._target}: KVM failed it, so it is TCG: {vm.domain.stopped}")
+                return None
             if told:
                 raise TargetError(f"{error}{told}", target=self._target) from error
             raise
 
-    def _make(self, hypervisor: Hypervisor, run: Run, generation: int) -> _Vm:
+    def _make(self, hypervisor: Hypervisor, run: Run, number: str) -> _Vm:
         """Make the domain and all that it takes, each recorded before."""
         config = self._config
-        assert self._base is not None
-        folder = run.path / f"vm-{generation}"
+        assert self.base is not None
+        need_room(run.path, config.memory << 20)
+        folder = run.path / f"vm-{number}"
         folder.mkdir(mode=0o700)
         hypervisor.hand_over(run.path)
         hypervisor.hand_over(folder)
-        hypervisor.require_access(self._base.path)
+        hypervisor.require_access(self.base.path)
         overlay = folder / "disk.qcow2"
-        make_overlay(self._base.path, overlay)
+        make_overlay(self.base.path, overlay)
         hypervisor.hand_over(overlay)
-        sockets = hypervisor.make_socket_folder()
-        run.record(SOCKETS, sockets)
-        name = f"kdriver-{self._target[:32]}-{run.path.name.rpartition('-')[2]}-{generation}"
+        sockets = hypervisor.make_socket_folder(lambda path: run.record(SOCKETS, path))
+        name = f"kdriver-{self._target[:32]}-{run.path.name.rpartition('-')[2]}-{number}"
         run.record(DOMAIN, domain_resource(config.uri, name))
         ports = {}
         if config.agent == "serial":
@@ -146,6 +169,10 @@ class LibvirtMachine:
         if config.kernel_log != "none":
             ports[config.kernel_log_port] = sockets / "trace"
         accelerator = find_accelerator(hypervisor.emulator, hypervisor.owner)
+        enlightenments = Enlightenments()
+        if config.enlightenments:
+            enlightenments = find_enlightenments(hypervisor, accelerator.kind)
+            self._tell_dropped(enlightenments.dropped)
         spec = DomainSpec(
             name=name,
             run=run.path.name,
@@ -168,8 +195,16 @@ class LibvirtMachine:
             forwards=(config.ssh_port,) if config.agent == "ssh" else (),
             ports=tuple(ports.items()),
             console=folder / "console.log",
+            enlightenments=enlightenments.features,
+            panic="hyperv" if config.enlightenments else "isa",
         )
         return _Vm(hypervisor, spec, folder, sockets)
+
+    def _tell_dropped(self, dropped: tuple[tuple[str, str], ...]) -> None:
+        if dropped and not self._dropped:
+            names = ", ".join(f"{name} ({reason})" for name, reason in dropped)
+            _say(f"target {self._target} goes without Hyper-V's {names}")
+        self._dropped = dropped
 
     def _bring_up(self, vm: _Vm, log: KernelLog) -> Guest:
         vm.domain.define()
@@ -217,22 +252,21 @@ class LibvirtMachine:
         )
 
     def save(self, guest: Guest) -> Guest:
-        """See ``Machine``. Nothing may be on its way meanwhile: a load would bring it back."""
+        """See ``Machine``. No session with the agent is in the snapshot."""
         vm = self._running()
-        agent = guest.agent
         if self._config.agent == "ssh":
-            agent.close()  # a connection does not live through a load, and is not to be in there
-        vm.method = vm.domain.snapshot_save(SNAPSHOT, method=usual_method(self._config))
-        if agent.closed:
-            agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
-        vm.agent = agent
-        return Guest(agent, guest.feed)
+            guest.agent.close()
+        else:
+            guest.agent.park(timeout=RESUME_TIMEOUT)
+        vm.method = vm.domain.snapshot_save(SNAPSHOT)
+        vm.agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
+        return Guest(vm.agent, guest.feed)
 
     def revert(self, guest: Guest, log: KernelLog) -> Guest | None:
         """See ``Machine``."""
         vm = self._running()
-        assert self._base is not None
-        self._base.check()
+        assert self.base is not None
+        self.base.check()
         if vm.method is None or vm.domain.state in {"shut off", "undefined"}:
             return None
         if self._config.agent == "ssh":
@@ -256,8 +290,13 @@ class LibvirtMachine:
         return Guest(agent, feed)
 
     def failure(self) -> str | None:
-        """See ``Machine``."""
-        stopped = self._vm.domain.stopped if self._vm is not None else None
+        """See ``Machine``. Where a port is gone, libvirt's word on why is waited for."""
+        vm = self._vm
+        if vm is None:
+            return None
+        if vm.domain.stopped is None and vm.lost_a_port:
+            vm.stopped.wait(STOP_TIMEOUT)
+        stopped = vm.domain.stopped
         return f"the guest stopped: {stopped}" if stopped is not None else None
 
     def keep(self, guest: Guest) -> str | None:  # noqa: ARG002
@@ -358,13 +397,27 @@ class _Vm:
         self.method: SnapshotMethod | None = None
         self.stopped = threading.Event()
 
-    def _on_stop(self, reason: str) -> None:
+    @property
+    def lost_a_port(self) -> bool:
+        """Whether one of our ends has met QEMU's end."""
+        agent_s = self.agent is not None and self.agent.ended == PORT_GONE
+        return agent_s or (self.pump is not None and not self.pump.alive)
+
+    def note_kvm_failure(self) -> bool:
+        """Whether it stopped since KVM can't run it; then that is remembered for this host."""
+        reason = self.domain.stopped
+        if self.domain.spec.accelerator != "kvm" or "internal error" not in (reason or ""):
+            return False
+        remember_failure(self.domain.spec.emulator, str(reason), self._owner)
+        return True
+
+    def _on_stop(self, _reason: str) -> None:
         """Have all that waits for the agent's answer fail now."""
-        if "internal error" in reason and self.domain.spec.accelerator == "kvm":
-            remember_failure(self.domain.spec.emulator, reason, self._owner)
+        self.note_kvm_failure()
         self.stopped.set()
-        if self.agent is not None:
-            self.agent.close()
+        agent = self.agent
+        if agent is not None:  # whose end may take a moment, and the caller must not wait
+            threading.Thread(target=agent.close, name="kdriver-vm-stopped", daemon=True).start()
 
     def let_go(self) -> None:
         """Close our ends; the guest goes on."""
@@ -387,12 +440,22 @@ class _Vm:
 
 def _tell(phase: Phase) -> None:
     """Say what the making of a disk image has come to: it takes minutes, and pytest shows nothing else."""
-    print(f"kdriver: {phase.elapsed:4.0f} s: {phase.name}", file=sys.__stderr__, flush=True)
+    _say(f"{phase.elapsed:4.0f} s: {phase.name}")
 
 
-def usual_method(config: VmConfig) -> SnapshotMethod:
-    """How a guest is put back. A TPM's state is swtpm's, and a load into the running QEMU would leave it."""
-    return "libvirt" if config.tpm else "qmp"
+def _say(text: str) -> None:
+    """Tell the user what pytest, which shows nothing of it, would keep to itself."""
+    print(f"kdriver: {text}", file=sys.__stderr__, flush=True)
+
+
+def need_room(folder: Path, size: int) -> None:
+    """See that a clone, and a snapshot of its memory, will fit. Raises ``TargetError``."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise TargetError(
+            f"a clone of the guest takes up to {size >> 20} MiB, and {free >> 20} MiB are free in {folder}: "
+            f"{MORE_ROOM}"
+        )
 
 
 def password_variable(target: str) -> str:
