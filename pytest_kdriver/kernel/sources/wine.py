@@ -110,7 +110,7 @@ _POOL_RETURN = re.compile(
 _BUG_CHECK_CALL = re.compile(
     rb"Call ntoskrnl\.exe\.KeBugCheck(?:Ex)?\([0-9a-f,]*\) ret=([0-9a-f]{1,16})"
 )
-_KEY_NAME = rb'L"(?:[^"\\]|\\.)*\\\\((?:[^"\\]|\\[^\\]){0,1280})"'
+_KEY_NAME = rb'L"(?:[^"\\]|\\.){0,2560}\\\\((?:[^"\\]|\\[^\\]){0,1280})"'
 """A registry path; the group is its last part. Backslashes and quotes are escaped by a backslash."""
 
 _DRIVER_CALL = re.compile(
