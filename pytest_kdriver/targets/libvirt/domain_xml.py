@@ -85,6 +85,9 @@ class DomainSpec:
         for text in (self.network, self.cmdline or "", *map(str, self._files())):
             if not _XML.fullmatch(text):
                 raise ConfigError(f"{text!r} has characters that libvirt can't be told")
+        for file in self._files():
+            if "\n" in str(file):
+                raise ConfigError(f"{str(file)!r} has a line's end, which libvirt takes in no path")
 
     @property
     def hypervisor_type(self) -> Literal["kvm", "qemu"]:
