@@ -24,7 +24,7 @@ def measure() -> list[Figure]:
                 program.round()
             values, floors = [], []
             for _ in range(CYCLES):
-                values.append(_cycle(driver))
+                values.append(one_cycle(driver))
                 floors.append(program.round())
         driver.finish()
     return [
@@ -41,7 +41,8 @@ def measure() -> list[Figure]:
     ]
 
 
-def _cycle(driver: Driver) -> float:
+def one_cycle(driver: Driver) -> float:
+    """Start hello, see that it says so, stop it; the seconds that it took."""
     begin = time.perf_counter()
     driver.start()
     driver.dbgprint.expect("Hello, world!")

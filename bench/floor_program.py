@@ -54,10 +54,15 @@ class FloorProgram:
         assert self._process.stdout is not None
         self._process.stdin.write(b".")
         answer = self._process.stdout.read(_ANSWER.size)
-        microseconds: int = _ANSWER.unpack(answer)[0]
-        if microseconds == _FAILED:
-            raise RuntimeError("a round of the floor program's failed")
-        return microseconds / 1e6
+        return to_rounds(answer)[0]
+
+
+def to_rounds(answers: bytes) -> list[float]:
+    """The seconds that each round took, from what the program answered."""
+    microseconds = [answer for (answer,) in _ANSWER.iter_unpack(answers)]
+    if _FAILED in microseconds or not microseconds:
+        raise RuntimeError("a round of the floor program's failed")
+    return [answer / 1e6 for answer in microseconds]
 
 
 @contextmanager
