@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from pytest_kdriver.config import find_root, load_config
 from pytest_kdriver.errors import AgentError, ConfigError, TargetError
@@ -37,11 +37,22 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     stop = actions.add_parser("stop", help="end a machine, and remove what was made for it")
     stop.add_argument("name", metavar="NAME")
     stop.set_defaults(call=_stop)
-    run = actions.add_parser("run", help="run a program in a machine")
+    run = actions.add_parser(
+        "run",
+        help="run a program in a machine",
+        description="Run a program to its end, an hour at most, without input, and show what it wrote. The "
+        "exit code is the program's, 255 for all above, or 1 where the guest does not tell: of a Unix "
+        "program Wine knows neither code, nor end, nor output.",
+    )
     run.add_argument("name", metavar="NAME")
     run.add_argument("command", nargs="+", metavar="PROGRAM", help="and its arguments, behind --")
     run.set_defaults(call=_run)
-    shell = actions.add_parser("shell", help="type commands for the machine's cmd.exe")
+    shell = actions.add_parser(
+        "shell",
+        help="type commands for the machine's cmd.exe",
+        description="Run each line by a cmd.exe of its own: a cd, or a set, is over with its line. The exit "
+        "code is the last command's.",
+    )
     shell.add_argument("name", metavar="NAME")
     shell.set_defaults(call=_shell)
     screenshot = actions.add_parser("screenshot", help="take a picture of a machine's screen")
@@ -60,11 +71,21 @@ def _start(options: argparse.Namespace) -> int:
     target = make_target(target_config)
     try:
         _say(f"{options.name}: {target.describe()}")
+        _tell_others(options.name)
         target.start()
         print(target.keep())
     finally:
         target.close()
     return 0
+
+
+def _tell_others(name: str) -> None:
+    """Say of which machines this one will not be the only one: the target's name won't do for it."""
+    from pytest_kdriver.targets.libvirt.kept import kept_vms
+
+    others = [vm.domain for vm in kept_vms() if vm.target == name]
+    if others:
+        _say(f"{', '.join(others)} goes on; this starts another one, to be called by its own name")
 
 
 def _status(options: argparse.Namespace) -> int:  # noqa: ARG001 -- the actions' shape
@@ -101,17 +122,19 @@ def _run(options: argparse.Namespace) -> int:
 def _shell(options: argparse.Namespace) -> int:
     vm = _find(options.name)
     agent = vm.connect()
+    code = 0
     try:
         _say(f"{vm.domain}: each line is one cmd.exe; exit, or Ctrl-D, ends")
         while (line := _read_line(f"{vm.target}> ")) not in {None, "exit"}:
             if line:
                 try:
-                    _run_in(agent, ["cmd.exe", "/c", line])
+                    code = _run_in(agent, ["cmd.exe", "/c", line])
                 except AgentError as error:
                     _say(str(error))
+                    code = 1
     finally:
         agent.close()
-    return 0
+    return code
 
 
 def _screenshot(options: argparse.Namespace) -> int:
@@ -131,11 +154,30 @@ def _find(name: str) -> KeptVm:
 
 def _run_in(agent: Agent, command: Sequence[str]) -> int:
     """Run a program to its end, and show what it says; its exit code, 1 where the guest does not tell."""
-    done = agent.run(command, time_limit=_HOUR)
-    sys.stdout.write(done.stdout.decode("utf-8", "backslashreplace"))
-    sys.stderr.write(done.stderr.decode("utf-8", "backslashreplace"))
-    sys.stdout.flush()
+    try:
+        done = agent.run(command, time_limit=_HOUR)
+    except KeyboardInterrupt:
+        _say(f"{command[0]} goes on in the machine, for an hour at most")
+        raise
+    _show(sys.stdout, done.stdout)
+    _show(sys.stderr, done.stderr)
+    if done.truncated:
+        _say(f"{command[0]} wrote more than is kept; the rest is lost")
+    if done.timed_out:
+        _say(f"{command[0]} was ended after an hour")
+    elif done.exit_code is None:
+        _say(f"{command[0]} was started; of a Unix program Wine tells no end, and no exit code")
     return 1 if done.exit_code is None else min(done.exit_code, 255)
+
+
+def _show(stream: TextIO, output: bytes) -> None:
+    """Write what a program wrote; byte for byte where no terminal is to show it."""
+    if stream.isatty():
+        stream.write(output.decode("utf-8", "backslashreplace"))
+    else:
+        stream.flush()
+        stream.buffer.write(output)
+    stream.flush()
 
 
 def _read_line(prompt: str) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from pytest_kdriver.errors import TargetError
+from pytest_kdriver.errors import LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.targets.leftovers import REMOVERS
 from pytest_kdriver.targets.libvirt.address import Address, from_json, to_json
@@ -16,7 +16,8 @@ from pytest_kdriver.targets.libvirt.domain import domain_state, screenshot
 from pytest_kdriver.targets.runs import kept_runs, remove_kept
 
 _FILE: Final = "vm.json"
-CONNECT_TIMEOUT: Final = 30.0
+CONNECT_TIMEOUT: Final = 10.0
+"""Seconds for the agent's first answer: the machine is up, or somebody else is at its port."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,11 @@ class KeptVm:
         )
 
     def connect(self) -> Agent:
-        """Its agent. Raises what links and agents raise."""
-        return Agent.connect(self.address.open(CONNECT_TIMEOUT), timeout=CONNECT_TIMEOUT)
+        """Its agent. Raises ``TargetError``, and what agents raise."""
+        try:
+            return Agent.connect(self.address.open(CONNECT_TIMEOUT), timeout=CONNECT_TIMEOUT)
+        except (LinkError, TimeoutError) as error:
+            raise TargetError(f"{error}; {self._situation()}") from error
 
     def state(self) -> str:
         """Libvirt's word for its state; "undefined" where libvirt knows it no more."""
@@ -67,8 +71,20 @@ class KeptVm:
         hypervisor = Hypervisor.open(self.uri)
         try:
             screenshot(hypervisor, self.domain, path)
+        except TargetError as error:
+            raise TargetError(f"{error}; {self._situation()}") from error
         finally:
             hypervisor.close()
+
+    def _situation(self) -> str:
+        """What libvirt says of it, and what to do, behind an error of its own."""
+        try:
+            state = self.state()
+        except TargetError as error:
+            return str(error)
+        if state == "running":
+            return f"{self.domain} is running"
+        return f"{self.domain} is {state}: kdriver vm stop {self.domain} removes it"
 
     def remove(self) -> None:
         """End it, and remove all that was made for it."""
@@ -90,8 +106,9 @@ def find_kept(name: str) -> KeptVm:
     if found:
         names = ", ".join(vm.domain for vm in found)
         raise TargetError(f"there is more than one machine of the target {name!r}: {names}")
-    names = ", ".join(vm.domain for vm in vms) or "none"
-    raise TargetError(f"no machine {name!r} was kept; there are: {names}")
+    names = ", ".join(vm.domain for vm in vms)
+    there = f"there are: {names}" if names else "there is none: kdriver vm start NAME starts one"
+    raise TargetError(f"no machine {name!r} was started or kept; {there}")
 
 
 def _read(folder: Path) -> KeptVm | None:
