@@ -270,7 +270,7 @@ class Agent:
     @property
     def closed(self) -> bool:
         """Whether the link has ended."""
-        return self._failure is not None
+        return self._failure is not None or self._link.ended is not None
 
     @property
     def ended(self) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import struct
 import subprocess
 import sys
 import time
@@ -21,7 +20,6 @@ from pytest_kdriver.targets.libvirt.accelerator import (
     forget,
     remember_failure,
     run_trial,
-    trial_code,
 )
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.domain import Domain, end_emulator
@@ -39,7 +37,7 @@ from pytest_kdriver.targets.libvirt.leftovers import (
 )
 from pytest_kdriver.targets.runs import collect_garbage, remove_tree
 from tests.vm.daemon import PrivateLibvirt, daemon_user, remove_leftovers
-from tests.vm.tiny_guest import TinyGuest
+from tests.vm.tiny_guest import TinyGuest, trial_disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,14 +174,14 @@ def test_a_guest_that_kvm_fails_is_known_at_once(
     found = find_accelerator(hypervisor.emulator, hypervisor.owner)
     if not found.reason.startswith("KVM is there, but fails at"):
         pytest.skip("needs a host whose KVM starts guests and then fails them")
-    # The trial's code, started by a boot sector that loads it to where it runs.
-    code = trial_code()
-    entry = 0x8000 + code.index(b"\xb0r\xe6\xe9")
-    loader = bytes.fromhex("31c0 8ed8 8ec0 8ed0 bc007c b80202 b90200 b600 bb0080 cd13 fa ea")
-    boots = (loader + struct.pack("<HH", entry, 0)).ljust(510, b"\0") + b"\x55\xaa" + code
     told: list[str] = []
     guest = TinyGuest(
-        hypervisor, guest_folder, accelerator="kvm", boots=boots, ports=(), on_stop=told.append
+        hypervisor,
+        guest_folder,
+        accelerator="kvm",
+        boots=trial_disk(),
+        ports=(),
+        on_stop=told.append,
     )
     try:
         guest.domain.start()
@@ -232,7 +230,7 @@ from pathlib import Path
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.leftovers import domain_resource
 from pytest_kdriver.targets.runs import Run
-from tests.vm.tiny_guest import TinyGuest
+from tests.vm.tiny_guest import TinyGuest, trial_disk
 run = Run()
 run.record("libvirt-domain", domain_resource({libvirt_uri!r}, "kdriver-abandoned"))
 guest = TinyGuest(Hypervisor.open({libvirt_uri!r}), Path({str(guest_folder)!r}), name="kdriver-abandoned")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import time
 import uuid
@@ -11,12 +12,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from pytest_kdriver.targets.libvirt.accelerator import trial_code
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.domain import Domain
 from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
 from pytest_kdriver.targets.runs import remove_tree
 
 TIMEOUT = 30.0
+
+
+def trial_disk() -> bytes:
+    """The trial of the accelerator, behind a boot sector that loads it to where it runs."""
+    code = trial_code()
+    entry = 0x8000 + code.index(b"\xb0r\xe6\xe9")
+    loader = bytes.fromhex("31c0 8ed8 8ec0 8ed0 bc007c b80202 b90200 b600 bb0080 cd13 fa ea")
+    return (loader + struct.pack("<HH", entry, 0)).ljust(510, b"\0") + b"\x55\xaa" + code
 
 
 class TinyGuest:

@@ -131,10 +131,19 @@ class Hypervisor:
 
         Raises ``TargetError`` where a folder above keeps them out.
         """
-        if self.owner.uid == os.geteuid():
-            return
-        os.chown(path, self.owner.uid, self.owner.gid, follow_symlinks=False)
+        self.give(path)
         self.require_access(path)
+
+    def give(self, path: Path) -> None:
+        """Give a file or a folder to whom the guests run as, who need not reach it yet."""
+        if self.owner.uid != os.geteuid():
+            os.chown(path, self.owner.uid, self.owner.gid, follow_symlinks=False)
+
+    def let_through(self, folder: Path) -> None:
+        """Let those whom the guests run as pass through a folder that stays ours."""
+        if self.owner.uid != os.geteuid():
+            os.chown(folder, -1, self.owner.gid, follow_symlinks=False)
+            folder.chmod(0o710)
 
     def require_access(self, path: Path) -> None:
         """Make sure that guests can read this file or folder. Raises ``TargetError``."""

@@ -138,10 +138,11 @@ class LibvirtMachine:
             return self._bring_up(vm, log)
         except BaseException as error:
             told = self._last_words(vm) if isinstance(error, TargetError | TimeoutError) else ""
+            why, kvm_failed = vm.domain.stopped, vm.note_kvm_failure()
             vm.end()
             self._vm = None
-            if vm.note_kvm_failure():
-                _say(f"target {self._target}: KVM failed it, so it is TCG: {vm.domain.stopped}")
+            if kvm_failed:
+                _say(f"target {self._target}: KVM can't run it, so TCG does, which is slow: {why}")
                 return None
             if told:
                 raise TargetError(f"{error}{told}", target=self._target) from error
@@ -152,14 +153,16 @@ class LibvirtMachine:
         config = self._config
         assert self.base is not None
         need_room(run.path, config.memory << 20)
+        hypervisor.require_access(self.base.path)
         folder = run.path / f"vm-{number}"
         folder.mkdir(mode=0o700)
-        hypervisor.hand_over(run.path)
-        hypervisor.hand_over(folder)
-        hypervisor.require_access(self.base.path)
+        hypervisor.let_through(run.path)
         overlay = folder / "disk.qcow2"
         make_overlay(self.base.path, overlay)
-        hypervisor.hand_over(overlay)
+        # The folder comes last: what its owner puts there must not be written to in our name.
+        hypervisor.give(overlay)
+        hypervisor.hand_over(folder)
+        hypervisor.require_access(overlay)
         sockets = hypervisor.make_socket_folder(lambda path: run.record(SOCKETS, path))
         name = f"kdriver-{self._target[:32]}-{run.path.name.rpartition('-')[2]}-{number}"
         run.record(DOMAIN, domain_resource(config.uri, name))
