@@ -16,6 +16,9 @@ from pytest_kdriver.targets.port_pump import PortPump
 
 RUNS = 11
 OWN_RUNS = 7
+REST = 0.3
+"""Seconds between two measurements: both begin with a guest that has come to rest."""
+
 _OWN = "libvirts-own"
 
 
@@ -24,7 +27,9 @@ def measure(target: MachineTarget, bare: BareGuest) -> list[Figure]:
     _revert(target)
     reverts, loads = [], []
     for _ in range(RUNS):
+        time.sleep(REST)
         loads.append(bare.load_snapshot(machine.SNAPSHOT))
+        time.sleep(REST)
         reverts.append(_revert(target))
     answers, clocks, logs, ends = zip(*reverts, strict=True)
     load = median(loads)
@@ -69,6 +74,7 @@ def _against_libvirt(target: MachineTarget, bare: BareGuest) -> Figure:
     for _ in range(OWN_RUNS):
         floors.append(bare.revert_to_snapshot(_OWN))
         _revert(target)  # which connects anew: this QEMU is another
+        time.sleep(REST)
         reverts.append(_revert(target)[0])
     return Figure(
         name="revert, ours to libvirt's",
