@@ -19,6 +19,6 @@ def measure() -> list[Figure]:
 
     with own_libvirt() as uri:
         with winevm_target(uri) as target, closing(BareGuest(uri)) as bare:
-            figures = cycle.measure(target) + revert.measure(target, bare)
-            figures += put.measure(target, bare)
+            figures = cycle.measure(target) + put.measure(target, bare)
+            figures += revert.measure(target, bare)
         return figures + sessions.measure(uri)

@@ -149,12 +149,16 @@ class BareGuest:
         assert source is not None, name
         return Path(source.attrib["path"])
 
-    def plug_port(self, name: str, path: Path) -> None:
-        """Give it one more virtio-serial port, with a socket at ``path``."""
+    @contextmanager
+    def plugged_port(self, name: str, path: Path) -> Iterator[None]:
+        """Give it one more virtio-serial port for a while, with a socket at ``path``."""
         channel = ET.Element("channel", type="unix")
         ET.SubElement(channel, "source", mode="bind", path=str(path))
         ET.SubElement(channel, "target", type="virtio", name=name)
-        self._domain.attachDevice(ET.tostring(channel, encoding="unicode"))
+        xml = ET.tostring(channel, encoding="unicode")
+        self._domain.attachDevice(xml)
+        yield
+        self._domain.detachDevice(xml)
 
     def _monitor(self, command: str, **arguments: object) -> Any:
         request = json.dumps({"execute": command, "arguments": arguments})

@@ -20,16 +20,16 @@ _DISCARD = f"exec 3<>/dev/virtio-ports/{_PORT}; echo >&3; head -c {SIZE} <&3 >/d
 
 
 def measure(target: MachineTarget, bare: BareGuest) -> list[Figure]:
-    """By turns. The guest can't be put back any more afterwards: it has a device more than its snapshot."""
+    """By turns."""
     data = os.urandom(SIZE)
     path = bare.port("kdriver.agent").with_name("bench")
-    bare.plug_port(_PORT, path)
     values, floors = [], []
-    for run in range(RUNS):
-        floors.append(_send_bare(target.agent, path, data))
-        begin = time.perf_counter()
-        target.agent.put(data, rf"C:\kdriver\large-{run}")
-        values.append(time.perf_counter() - begin)
+    with bare.plugged_port(_PORT, path):
+        for run in range(RUNS):
+            floors.append(_send_bare(target.agent, path, data))
+            begin = time.perf_counter()
+            target.agent.put(data, rf"C:\kdriver\large-{run}")
+            values.append(time.perf_counter() - begin)
     return [
         Figure(
             name="put in a VM",

@@ -64,27 +64,26 @@ def measure(target: MachineTarget, bare: BareGuest) -> list[Figure]:
             floor=load,
             note="until a test may begin. Floor: as above",
         ),
-        _against_libvirt(target, bare),
+        _against_libvirt(median(answers), bare),
     ]
 
 
-def _against_libvirt(target: MachineTarget, bare: BareGuest) -> Figure:
+def _against_libvirt(answer: float, bare: BareGuest) -> Figure:
+    """The last thing done with the guest: afterwards its QEMU is one that the target does not know."""
     bare.take_snapshot(_OWN)
-    reverts, floors = [], []
+    floors = []
     for _ in range(OWN_RUNS):
         floors.append(bare.revert_to_snapshot(_OWN))
-        _revert(target)  # which connects anew: this QEMU is another
         time.sleep(REST)
-        reverts.append(_revert(target)[0])
     return Figure(
         name="revert, ours to libvirt's",
-        value=median(reverts),
+        value=answer,
         unit="s",
         floor=median(floors),
         limit=0.333,
         limited=Limited.RATIO,
-        note=f"both until the agent's first answer; median of {OWN_RUNS}. Floor: "
-        "virDomainRevertToSnapshot of an internal snapshot of the same guest, by turns",
+        note=f"both until the agent's first answer; median of {RUNS} and {OWN_RUNS}. Floor: "
+        "virDomainRevertToSnapshot of an internal snapshot of the same guest",
     )
 
 
