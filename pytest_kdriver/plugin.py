@@ -367,12 +367,17 @@ def _tell(item: pytest.Item, report: pytest.TestReport) -> None:
 
 def _keep(item: pytest.Item, report: pytest.TestReport) -> None:
     """Keep the target's guest behind a failed test, once its fixtures are done."""
-    if report.failed:
-        item.stash[_FAILED] = True
     session = item.config.stash.get(_SESSION, None)
     callspec = getattr(item, "callspec", None)
     name = callspec.params.get("kdriver_target") if callspec is not None else None
-    if session is None or name is None or report.when != "teardown" or _FAILED not in item.stash:
+    if session is None or name is None:
+        return
+    if report.failed:
+        item.stash[_FAILED] = True
+        session.want_kept(
+            name
+        )  # behind the last test its fixture closes the target before we are asked
+    if report.when != "teardown" or _FAILED not in item.stash:
         return
     from pytest_kdriver.errors import KdriverError
 

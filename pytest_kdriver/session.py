@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from pytest_kdriver.config import Config, Isolation, TargetConfig
-from pytest_kdriver.errors import BuildError, ConfigError, TargetError
+from pytest_kdriver.errors import BuildError, ConfigError, KdriverError, TargetError
 from pytest_kdriver.handle import CurrentTest, TargetHandle
 from pytest_kdriver.image.finder import ImageFinder
 from pytest_kdriver.targets.libvirt import require_libvirt
@@ -32,7 +33,9 @@ class Session:
         self.images = ImageFinder(config.root, config.manifest, profile=config.profile)
         self._targets: dict[str, Target] = {}
         self._failed: dict[str, str] = {}
-        self._kept: set[str] = set()
+        self._kept: dict[str, str | None] = {}
+        """How to reach the guests that were kept; None once that was told."""
+        self._to_keep: set[str] = set()
         self._modules: dict[str, set[str]] = {}
         """Whose traces are in each target: the modules that had it since it was put back."""
 
@@ -83,18 +86,23 @@ class Session:
             target.repair()
         modules.add(module)
 
+    def want_kept(self, name: str) -> None:
+        """A test has failed on the target: its guest is to live on, whatever closes the target first."""
+        self._to_keep.add(name)
+
     def keep(self, name: str) -> str | None:
         """Let the guest of a failed test live on, once for each target; how to reach it.
 
         None where it can't live on, or another one does already. Raises ``TargetError``.
         """
         target = self._targets.get(name)
-        if target is None or name in self._kept:
-            return None
-        told = target.keep()
-        if told is not None:
-            self._kept.add(name)
-            self._modules.get(name, set()).clear()
+        if target is not None and name not in self._kept:
+            told = target.keep()
+            if told is not None:
+                self._kept[name] = told
+                self._modules.get(name, set()).clear()
+        if (told := self._kept.get(name)) is not None:
+            self._kept[name] = None
         return told
 
     def close(self) -> None:
@@ -103,7 +111,10 @@ class Session:
             self.close_target(next(iter(self._targets)))
 
     def close_target(self, name: str) -> None:
-        """Close one; if it is needed again, it is made anew."""
+        """Close one; if it is needed again, it is made anew. A guest that is to be kept is let go before."""
+        if name in self._to_keep and name not in self._kept:
+            with suppress(KdriverError, OSError):
+                self._kept[name] = self.keep(name)
         target = self._targets.pop(name, None)
         self._modules.pop(name, None)
         self._failed.pop(name, None)

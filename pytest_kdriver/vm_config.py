@@ -12,7 +12,7 @@
     cmdline = "root=/dev/vda"
     firmware = "bios"           # "bios" | "uefi"
     tpm = false
-    memory = 1024               # MiB
+    memory = 2048               # MiB
     cpus = 1
     bus = "virtio"              # the disk's: "virtio" | "sata"
     nic = "virtio"              # "virtio" | "e1000e" | "none"
@@ -116,6 +116,10 @@ def parse_vm(table: Mapping[str, object], where: str, folder: Path) -> dict[str,
             settings[key] = _CHECKS[key](value, folder)
         except _Refused as refused:
             raise ConfigError(f"{where}: {key} is {value!r}; allowed: {refused}") from None
+    if settings.get("agent") == "ssh" and settings.get("network", USER_NETWORK) != USER_NETWORK:
+        raise ConfigError(
+            f"{where}: agent ssh needs network {USER_NETWORK!r}, whose ports are forwarded"
+        )
     port = settings.get("agent_port")
     if settings.get("agent") == "ssh" and isinstance(port, str):
         raise ConfigError(f"{where}: agent_port is {port!r}; for ssh it is a TCP port")

@@ -158,6 +158,7 @@ def test_winevm_needs_no_config_and_takes_some(tmp_path: Path) -> None:
         ("disk = 'a'\nagent_port = 'com5'", "agent_port is 'com5'; allowed: \"virtio:NAME\""),
         ("disk = 'a'\nagent = 'ssh'\nagent_port = 'com1'", "for ssh it is a TCP port"),
         ("disk = 'a'\nagent = 'serial'\nagent_port = 22", "agent_port is 22"),
+        ("disk = 'a'\nagent = 'ssh'\nnetwork = 'lan'", "agent ssh needs network 'user'"),
         ("disk = 'a'\nagent_port = 70000", "agent_port is 70000; allowed: a TCP port"),
         ("disk = 'a'\nmemory = true", "memory is True; allowed: MiB, 64 to"),
         ("disk = 'a'\ncpus = 0", "cpus is 0; allowed: a number, 1 to 64"),

@@ -110,7 +110,7 @@ class TestInForce:
         self, winevm: MachineTarget, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(libvirt_machine, "FREE_SPACE", 1 << 50)
-        with pytest.raises(TargetError, match=r"C: has \d+ MiB free.*kdriver image build"):
+        with pytest.raises(TargetError, match=r"C: has \d+ MiB free.*kdriver image remove"):
             winevm.machine.check(winevm.guest)
 
     def test_an_agent_of_an_older_package_is_told(

@@ -345,7 +345,7 @@ class LibvirtMachine:
     def _rebuild(self) -> str:
         if self._recipe is None:
             return f"mend {self._config.disk}"
-        return f"kdriver image build --again {self._recipe.name}"
+        return f"kdriver image remove {self._recipe.name}, then run again"
 
     def catch_up(self, guest: Guest) -> bool:  # noqa: ARG002
         """See ``Machine``. The log comes by a port of its own, which is no faster than the agent's."""
