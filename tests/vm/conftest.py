@@ -14,11 +14,12 @@ import pytest
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets.disk_images import DiskImage, Phase, ensure, read_image
+from pytest_kdriver.targets.leftovers import REMOVERS
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
 from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.recipe import find_recipe
-from pytest_kdriver.targets.runs import Run, remove_tree
+from pytest_kdriver.targets.runs import Run, collect_garbage, remove_tree
 from tests.conftest import new_project
 from tests.vm.daemon import PrivateLibvirt, daemon_user
 
@@ -56,6 +57,7 @@ def vm_cache() -> Iterator[Path]:
     """
     real = cache_directory()
     home = real if os.geteuid() else Path(daemon_user().pw_dir)
+    _remove_leftovers(home)
     own = home / f"tests-{os.getpid()}"
     own.mkdir(parents=True)
     kept_where = dict.fromkeys(("wine", "agent", "forwarder", "hosts"), real) | {"disks": home}
@@ -64,6 +66,16 @@ def vm_cache() -> Iterator[Path]:
         (own / name).symlink_to(kept / name)
     yield own
     remove_tree(own)
+
+
+def _remove_leftovers(home: Path) -> None:
+    """Remove what killed test runs left; their libvirt is gone already, see ``PrivateLibvirt``."""
+    for folder in home.glob("tests-[0-9]*"):
+        if not Path("/proc", folder.name.rpartition("-")[2]).exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("KDRIVER_CACHE", str(folder))
+                collect_garbage(REMOVERS)
+            remove_tree(folder)
 
 
 @pytest.fixture(scope="session")
