@@ -28,12 +28,12 @@ demo: setup
 	@echo; echo "--- and all of them, tested:"
 	@$(PYTEST) --kdriver-vm wine tests/drivers -v $(ARGS)
 
-# Two virtual machines at a time: each has one processor. $(ARGS) may leave no test for one of the two.
+# Virtual machines by themselves: they want the processors. $(ARGS) may leave no test for one of the two.
 test: OR_NONE = $(if $(ARGS),|| [[ $$? == 5 ]])
 test: setup-tests
 	@scripts/rust test $(CARGO_MANIFESTS)
 	@$(PYTEST) --kdriver-vm wine -m "not soak" --ignore tests/vm $(ARGS) $(OR_NONE)
-	@$(PYTEST) -m "not soak" --numprocesses 2 --dist loadscope tests/vm $(ARGS) $(OR_NONE)
+	@$(PYTEST) -m "not soak" tests/vm $(ARGS) $(OR_NONE)
 
 test-trixie: export ARGS := $(ARGS)
 test-trixie:
@@ -42,7 +42,7 @@ test-trixie:
 soak: setup-tests
 	@$(PYTEST) --kdriver-vm wine -m soak $(ARGS)
 
-bench: setup
+bench: setup-tests
 	@$(BIN)/python -m bench $(ARGS)
 
 check: setup

@@ -27,7 +27,7 @@ def lay_out(folder: Path) -> Path:
     )
     shutil.copytree(EXAMPLE, folder, ignore=made_there)
     made_here = shutil.ignore_patterns(
-        ".*", "target", "build", "dist", "__pycache__", "*.egg-info", "tests", "bench"
+        ".*", "target", "dist", "__pycache__", "*.egg-info", "tests", "bench"
     )
     shutil.copytree(ROOT, folder / "pytest-kdriver", ignore=made_here)
     return folder
