@@ -169,7 +169,10 @@ class TestUsage:
                 'vmm = "wine"',
                 "kdriver: unknown key 'vmm' (did you mean 'vm'*allowed: vm, isolation*",
             ),
-            ('vm = "win"', "kdriver: vm: no target 'win' (did you mean 'wine'*there are: wine, winevm"),
+            (
+                'vm = "win"',
+                "kdriver: vm: no target 'win' (did you mean 'wine'*there are: wine, winevm",
+            ),
             ('vm = "wine"\nisolation = "tests"', "isolation is 'tests'; allowed: test, module*"),
             ('vm = "wine"\ntimeout = -1', "timeout is -1; allowed: seconds, more than 0"),
             ('vm = "wine"\nmanifest = "no.toml"', "manifest 'no.toml': there is no */no.toml"),
