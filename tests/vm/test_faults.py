@@ -394,6 +394,7 @@ class TestTheHost:
         monkeypatch.setenv("KDRIVER_CACHE", str(small))
         yield small
         subprocess.run(["umount", small], check=True)
+        small.rmdir()
 
     def test_has_no_room_and_says_so_before(
         self, failing: Callable[..., tuple[str, float]], small_cache: Path, libvirt_uri: str
