@@ -195,9 +195,15 @@ class TestInTheMiddle:
         ]
         socket = agent._link._socket  # type: ignore[attr-defined]
         socket.setblocking(False)
-        with suppress(BlockingIOError):
-            for frame in frames:
-                socket.sendall(encode_payload(frame))
+        assert winevm._run is not None
+        (qemu,) = emulators(winevm._run.path.name.rpartition("-")[2])
+        os.kill(qemu, signal.SIGSTOP)  # so that they lie there
+        try:
+            with suppress(BlockingIOError):
+                for frame in frames:
+                    socket.sendall(encode_payload(frame))
+        finally:
+            os.kill(qemu, signal.SIGCONT)
         winevm.revert()
         time.sleep(0.5)  # nothing tells that something will not be done
         assert winevm.agent.get_value("Software\\ghost", "is") is None
