@@ -270,12 +270,11 @@ class LibvirtMachine:
         vm = self._running()
         assert self.base is not None
         self.base.check()
-        if vm.method is None or vm.domain.state in {"shut off", "undefined"}:
-            return None
+        if vm.method is None or vm.domain.stopped is not None:
+            return None  # what stopped would be loaded, and stay as it is
         if self._config.agent == "ssh":
             guest.agent.close()
         vm.domain.snapshot_load(SNAPSHOT)
-        vm.stopped.clear()
         agent = guest.agent
         if agent.closed or vm.method == "libvirt":  # whose revert starts QEMU anew
             agent.close()
