@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, cast
@@ -102,7 +103,8 @@ def _hash_of(path: Path, fingerprint: list[int]) -> str:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     known_file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = known_file.with_suffix(".new")
+    # Two may hash it at once.
+    unfinished = known_file.with_name(f".{known_file.name}-{uuid.uuid4().hex}")
     unfinished.write_text(json.dumps({"fingerprint": fingerprint, "sha256": sha256}))
     unfinished.replace(known_file)
     return sha256

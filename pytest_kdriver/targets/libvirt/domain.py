@@ -207,15 +207,6 @@ class Domain:
             self._do_job("snapshot-load", timeout, tag=_tag(tag), vmstate=node, devices=devices)
         self._check_status()
 
-    def snapshot_delete(self, tag: str, *, timeout: float = _SNAPSHOT_TIMEOUT) -> None:
-        """Forget a snapshot. Raises ``TargetError``."""
-        if self._methods.pop(tag, "qmp") == "libvirt":
-            snapshot = call(self._domain().snapshotLookupByName, tag)
-            call(snapshot.delete, 0, timeout=timeout)
-        else:
-            _, devices = self._writable_nodes()
-            self._do_job("snapshot-delete", timeout, tag=_tag(tag), devices=devices)
-
     def screenshot(self, path: Path, *, timeout: float = _MONITOR_TIMEOUT) -> None:
         """Write the guest's screen to ``path``, a PNG. Raises ``TargetError``."""
         screenshot(self._hypervisor, self.spec.name, path, timeout=timeout)

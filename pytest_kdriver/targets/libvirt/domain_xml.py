@@ -122,15 +122,6 @@ def domain_xml(spec: DomainSpec) -> str:
     return ET.tostring(domain, encoding="unicode")
 
 
-def read_metadata(xml: str) -> tuple[str, int] | None:
-    """The run and the owner's pid that a domain's metadata names; None where it is not one of ours."""
-    try:
-        run = ET.fromstring(xml).find(f"./metadata/{{{METADATA}}}run")  # noqa: S314 -- from libvirt itself
-        return None if run is None else (run.attrib["id"], int(run.attrib["owner"]))
-    except (ET.ParseError, KeyError, ValueError):
-        return None
-
-
 def _text(parent: ET.Element, tag: str, text: str, **attributes: str) -> ET.Element:
     element = ET.SubElement(parent, tag, attributes)
     element.text = text

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from pytest_kdriver.errors import TargetError
-from pytest_kdriver.targets.libvirt.connection import Hypervisor, call
+from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.domain import end_domain, end_emulator, undefine_domain
-from pytest_kdriver.targets.libvirt.domain_xml import read_metadata
 
 
 def domain_resource(uri: str, name: str) -> Path:
@@ -40,14 +38,3 @@ def remove_domain(resource: Path) -> None:
         raise OSError(str(e)) from e
     finally:
         hypervisor.close()
-
-
-def abandoned_domains(hypervisor: Hypervisor) -> list[str]:
-    """The domains whose metadata says that they were made for a process that is gone."""
-    abandoned = []
-    for domain in call(hypervisor.connection.listAllDomains):
-        with suppress(TargetError):  # gone meanwhile
-            owner = read_metadata(call(domain.XMLDesc))
-            if owner is not None and not Path("/proc", str(owner[1])).exists():
-                abandoned.append(str(domain.name()))
-    return abandoned
