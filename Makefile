@@ -28,12 +28,14 @@ demo: setup
 	@echo; echo "--- and all of them, tested:"
 	@$(PYTEST) --kdriver-vm wine tests/drivers -v $(ARGS)
 
-# Virtual machines by themselves: they want the processors. $(ARGS) may leave no test for one of the two.
+# Virtual machines by themselves: they want the processors, one each. The files that take longest come first as they
+# are. $(ARGS) may leave no test for one of the two.
+test: VM := -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 test: OR_NONE = $(if $(ARGS),|| [[ $$? == 5 ]])
 test: setup-tests
 	@scripts/rust test $(CARGO_MANIFESTS)
 	@$(PYTEST) --kdriver-vm wine -m "not soak" --ignore tests/vm $(ARGS) $(OR_NONE)
-	@$(PYTEST) -m "not soak" tests/vm $(ARGS) $(OR_NONE)
+	@$(PYTEST) -m "not soak" tests/vm $(VM) $(ARGS) $(OR_NONE)
 
 test-trixie: export ARGS := $(ARGS)
 test-trixie:

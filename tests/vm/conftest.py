@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets.disk_images import DiskImage, Phase, ensure, read_image
-from pytest_kdriver.targets.leftovers import REMOVERS
+from pytest_kdriver.targets.leftovers import REMOVERS, SOCKETS
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
 from pytest_kdriver.targets.machine_target import MachineTarget
@@ -87,10 +90,11 @@ def winevm_image(vm_cache: Path) -> DiskImage:
     finally:
         run.close()
     shared = vm_cache / "disks" / image.folder.name
-    if not shared.exists():
-        unfinished = shared.with_name(f".{shared.name}-{os.getpid()}")
-        shutil.copytree(image.folder, unfinished, copy_function=_link)
-        unfinished.rename(shared)
+    with FileLock(shared.with_name("shared.lock")):  # this folder is every worker's
+        if not shared.exists():
+            unfinished = shared.with_name(f".{shared.name}-{os.getpid()}")
+            shutil.copytree(image.folder, unfinished, copy_function=_link)
+            unfinished.rename(shared)
     return read_image(shared)
 
 
@@ -159,6 +163,25 @@ def own_cache(vm_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same, in the environment: what this test starts leaves its runs there, and nothing else does."""
     monkeypatch.setenv("KDRIVER_CACHE", str(vm_cache))
     return vm_cache
+
+
+@pytest.fixture
+def there(hypervisor: Hypervisor, vm_cache: Path) -> Callable[[], set[str]]:
+    """What there is of machines: domains' names, folders of runs, and of sockets that they recorded."""
+    sockets: set[str] = set()
+
+    def there() -> set[str]:
+        domains = {domain.name() for domain in hypervisor.connection.listAllDomains()}
+        runs = set((vm_cache / "runs").glob("*"))
+        for run in runs:
+            with suppress(OSError):
+                resources = (run / "resources").read_text().splitlines()
+                sockets.update(
+                    r["path"] for r in map(json.loads, resources) if r["kind"] == SOCKETS
+                )
+        return domains | set(map(str, runs)) | {path for path in sockets if Path(path).exists()}
+
+    return there
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from pytest_kdriver.cli import main
 from pytest_kdriver.targets.disk_images import DiskImage
 from pytest_kdriver.targets.libvirt import kept
 from pytest_kdriver.targets.libvirt.address import SerialAddress
-from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.domain import end_emulator
 from pytest_kdriver.targets.runs import Run
 
@@ -104,18 +103,6 @@ def started(doctor: object, kdriver: Kdriver) -> Iterator[subprocess.CompletedPr
 def machine(started: subprocess.CompletedProcess[str]) -> str:
     """Its name."""
     return started.stdout.split()[0]
-
-
-@pytest.fixture
-def there(hypervisor: Hypervisor, vm_cache: Path) -> Callable[[], set[str]]:
-    """What there is of machines: domains by their names, folders of runs and of sockets by their paths."""
-
-    def there() -> set[str]:
-        domains = {domain.name() for domain in hypervisor.connection.listAllDomains()}
-        folders = [*(vm_cache / "runs").iterdir(), *Path("/tmp").glob("kdriver-*")]
-        return domains | set(map(str, folders))
-
-    return there
 
 
 @contextmanager

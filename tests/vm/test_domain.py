@@ -85,6 +85,7 @@ def test_a_load_brings_memory_and_disk_back_and_keeps_the_socket(guest: TinyGues
 
 
 def test_a_snapshot_is_not_saved_over(guest: TinyGuest) -> None:
+    guest.ask("c")
     guest.domain.snapshot_save("first", method="qmp")
     guest.ask("c")
     with pytest.raises(TargetError, match=r"snapshot-save: .*first"):
