@@ -13,7 +13,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-CARGO_MANIFESTS := $(wildcard drivers/Cargo.toml vm/agent/Cargo.toml vm/forwarder/Cargo.toml)
+CARGO_MANIFESTS := $(wildcard drivers/Cargo.toml vm/Cargo.toml)
 CHECKED_MANIFESTS := $(CARGO_MANIFESTS) bench/floor/Cargo.toml
 ARGS :=
 
@@ -63,7 +63,7 @@ wheel: setup
 	@$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf .venv dist build drivers/target vm/agent/target vm/forwarder/target bench/floor/target .mypy_cache .pytest_cache .ruff_cache \
+	rm -rf .venv dist build drivers/target vm/target bench/floor/target .mypy_cache .pytest_cache .ruff_cache \
 	    .hypothesis .import_linter_cache kdriver-artifacts
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,6 +1,6 @@
 """The wheel's build hook: puts the agent, the forwarder and the recipes of the disk images into it.
 
-In the wheel, ``pytest_kdriver/guest/kdagent.exe`` is the agent and ``pytest_kdriver/targets/kdtrace`` the
+In the wheel, ``pytest_kdriver/guest/kdagent.exe`` is the agent and ``pytest_kdriver/guest/kdtrace`` the
 forwarder, both built here by cargo, and ``pytest_kdriver/_images/NAME/`` is ``vm/images/NAME/``. An editable
 install has none of them: there the package finds ``vm/`` beside it, and builds each when it is first needed.
 
@@ -28,7 +28,7 @@ class KdriverBuildHook(BuildHookInterface):  # type: ignore[type-arg]
         included = build_data["force_include"]
         agent, forwarder = build_programs(root)
         included[str(agent)] = "pytest_kdriver/guest/kdagent.exe"
-        included[str(forwarder)] = "pytest_kdriver/targets/kdtrace"
+        included[str(forwarder)] = "pytest_kdriver/guest/kdtrace"
         if (root / "vm/images").is_dir():
             included[str(root / "vm/images")] = "pytest_kdriver/_images"
 
@@ -37,11 +37,10 @@ def build_programs(root: Path) -> tuple[Path, Path]:
     """Build what runs in guests: the agent and the forwarder. ``$CARGO_TARGET_DIR`` counts, as for cargo."""
     sys.path.insert(0, str(root))
     try:
-        from pytest_kdriver.guest.executable import build_agent
-        from pytest_kdriver.targets.forwarder import build_forwarder
+        from pytest_kdriver.guest.executable import AGENT, FORWARDER
         from pytest_kdriver.toolchain import find_toolchain
     finally:
         sys.path.remove(str(root))
     toolchain = find_toolchain()
-    target_directory = Path(os.environ.get("CARGO_TARGET_DIR", root / "vm/agent/target")).absolute()
-    return build_agent(toolchain, target_directory), build_forwarder(toolchain, target_directory)
+    target_directory = Path(os.environ.get("CARGO_TARGET_DIR", root / "vm/target")).absolute()
+    return AGENT.build(toolchain, target_directory), FORWARDER.build(toolchain, target_directory)

@@ -16,7 +16,7 @@ from bench.figure import Figure, median
 from bench.guest import bare_prefix, driver_image, wine_target
 from pytest_kdriver.driver import Driver
 from pytest_kdriver.guest.agent import Agent
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.kernel.sources.wine import DEBUG_CHANNELS
 from pytest_kdriver.targets.pump import RECEIVE_BUFFER
@@ -106,7 +106,7 @@ def _discarding_agent() -> Iterator[Agent]:
     with ours, bare_prefix() as prefix:
         with theirs:
             link = ProcessLink(
-                prefix.command(agent_executable()),
+                prefix.command(AGENT.executable()),
                 env=prefix.wine.environment(prefix.path, DEBUG_CHANNELS),
                 stderr=theirs.fileno(),
             )

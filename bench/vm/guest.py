@@ -54,7 +54,7 @@ def _own_cache() -> Iterator[Path]:
     own = home / f"bench-{os.getpid()}"
     own.mkdir(parents=True)
     try:
-        kept = dict.fromkeys(("wine", "agent", "forwarder", "hosts"), real) | {"disks": home}
+        kept = dict.fromkeys(("wine", "programs", "hosts"), real) | {"disks": home}
         for name, folder in kept.items():
             (folder / name).mkdir(exist_ok=True, parents=True)
             (own / name).symlink_to(folder / name)

@@ -17,7 +17,7 @@ from typing import Final
 
 from pytest_kdriver.config import Config, TargetConfig, find_root, load_config
 from pytest_kdriver.errors import BuildError, ConfigError, KdriverError, TargetError
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.session import make_target
@@ -190,7 +190,7 @@ def _rust(config: Config) -> Finding:
 
 def _agent_is_there() -> bool:
     try:
-        agent_executable()
+        AGENT.executable()
     except (BuildError, OSError):
         return False
     return True

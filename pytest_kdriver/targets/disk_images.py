@@ -35,9 +35,8 @@ from typing import IO, Final
 from filelock import FileLock, Timeout
 
 from pytest_kdriver.errors import ConfigError, TargetError
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT, FORWARDER
 from pytest_kdriver.paths import cache_directory
-from pytest_kdriver.targets.forwarder import forwarder_executable
 from pytest_kdriver.targets.prefix import MORE_ROOM, SETTINGS
 from pytest_kdriver.targets.recipe import BUILD, WINE_ENVIRONMENT, Recipe, parse_target
 from pytest_kdriver.targets.runs import Run, remove_tree
@@ -209,8 +208,8 @@ def _build(recipe: Recipe, making: Path, scratch: Path, phase: Callable[[str], N
                 **os.environ,
                 "PATH": _path(),
                 "LC_ALL": "C.UTF-8",
-                "KDRIVER_AGENT": str(agent_executable()),
-                "KDRIVER_FORWARDER": str(forwarder_executable()),
+                "KDRIVER_AGENT": str(AGENT.executable()),
+                "KDRIVER_FORWARDER": str(FORWARDER.executable()),
                 "KDRIVER_WINE_SETTINGS": str(settings),
                 "KDRIVER_WINE_ENVIRONMENT": str(environment),
             },

@@ -27,9 +27,8 @@ from typing import Final
 
 from pytest_kdriver.config import find_root
 from pytest_kdriver.errors import ConfigError
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT, FORWARDER
 from pytest_kdriver.kernel.sources.wine import DEBUG_CHANNELS
-from pytest_kdriver.targets.forwarder import forwarder_executable
 from pytest_kdriver.targets.prefix import SETTINGS
 from pytest_kdriver.vm_config import VM_KEYS, VmSettings, parse_vm
 
@@ -80,7 +79,7 @@ class Recipe:
                 continue
             executable = os.access(path, os.X_OK)
             _add(key, f"{path.relative_to(self.folder)}\0{executable}", path.read_bytes())
-        for program in (agent_executable(), forwarder_executable()):
+        for program in (AGENT.executable(), FORWARDER.executable()):
             _add(key, program.name, program.read_bytes())
         _add(key, "settings", SETTINGS.encode())
         _add(key, "environment", repr(sorted(WINE_ENVIRONMENT.items())).encode())

@@ -14,7 +14,7 @@ from typing import Final
 
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.guest.agent import Agent
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.image.exports import KernelExports
 from pytest_kdriver.image.preflight import Report, preflight
@@ -60,7 +60,7 @@ class WineMachine:
             with theirs:
                 _enlarge_send_buffer(theirs)
                 link = ProcessLink(
-                    [self._wine.loader, str(agent_executable())],
+                    [self._wine.loader, str(AGENT.executable())],
                     env=self._wine.environment(path, DEBUG_CHANNELS),
                     stderr=theirs.fileno(),
                     cwd=str(path),

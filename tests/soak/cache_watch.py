@@ -135,7 +135,7 @@ def _server_homes() -> set[Path]:
 
 
 @contextlib.contextmanager
-def private_cache(*, shared: tuple[str, ...] = ("wine", "agent")) -> Iterator[CacheWatch]:
+def private_cache(*, shared: tuple[str, ...] = ("wine", "programs")) -> Iterator[CacheWatch]:
     """A cache folder on the file system of the real one, whose ``shared`` parts are the real ones."""
     real = cache_directory()
     real.mkdir(parents=True, exist_ok=True)

@@ -154,7 +154,7 @@ def test_nothing_is_left_of_a_template_half_made(
 ) -> None:
     count = 6
     moments = random.Random(SEED + 2)
-    with private_cache(shared=("agent",)) as cache:
+    with private_cache(shared=("programs",)) as cache:
         inner = Inner(tmp_path, cache)
         for _ in range(count):
             moment = moments.uniform(0.3, 6)

@@ -24,7 +24,7 @@ from pytest_kdriver.errors import (
 )
 from pytest_kdriver.guest import executable, messages
 from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult, OpenResult
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.frames import MAX_BODY, Decoder, Frame, Kind, encode
 from pytest_kdriver.guest.registry import RegistryValue, decode_value, encode_value
 from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
@@ -675,14 +675,15 @@ class TestExecutable:
 
     def test_a_wheel_s_own_is_taken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(executable, "PACKAGED", tmp_path)
-        assert agent_executable() == tmp_path
+        (tmp_path / "kdagent.exe").touch()
+        assert AGENT.executable() == tmp_path / "kdagent.exe"
 
     def test_without_source_it_says_where_it_looked(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(executable, "SOURCE", tmp_path / "nowhere")
         with pytest.raises(BuildError, match="nowhere"):
-            agent_executable()
+            AGENT.executable()
 
     def test_a_build_that_fails_shows_cargo_s_output(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
@@ -690,6 +691,6 @@ class TestExecutable:
         (tmp_path / "Cargo.toml").write_text("what is this")
         monkeypatch.setattr(executable, "SOURCE", tmp_path)
         with pytest.raises(BuildError, match="what is this") as caught:
-            agent_executable()
+            AGENT.executable()
         assert "Cargo.toml" in caught.value.output
         assert not list(cache.rglob("*.exe"))

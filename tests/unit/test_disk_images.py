@@ -40,9 +40,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own, but for the programs that take long to build."""
     real, own = cache_directory(), tmp_path / "cache"
     own.mkdir()
-    for name in ("agent", "forwarder"):
-        (real / name).mkdir(parents=True, exist_ok=True)
-        (own / name).symlink_to(real / name)
+    (real / "programs").mkdir(parents=True, exist_ok=True)
+    (own / "programs").symlink_to(real / "programs")
     monkeypatch.setenv("KDRIVER_CACHE", str(own))
     return own
 

@@ -32,7 +32,7 @@ from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
 from pytest_kdriver.port_stream import Decoder as PortDecoder
 from pytest_kdriver.port_stream import Lost, Mark, MarkKind, encode_mark, encode_payload
 
-AGENT = Path(__file__).parents[2] / "vm" / "agent"
+WORKSPACE = Path(__file__).parents[2] / "vm"
 ALL_BYTES = bytes(range(256))
 
 frames = st.builds(
@@ -175,7 +175,7 @@ def agent_codec(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[Case
         pytest.skip("cargo is not installed")
     target = tmp_path_factory.mktemp("frames")
     build = ["build", "--quiet", "--locked", "--package=frames", "--example=echo"]
-    where = [f"--manifest-path={AGENT / 'Cargo.toml'}", f"--target-dir={target}"]
+    where = [f"--manifest-path={WORKSPACE / 'Cargo.toml'}", f"--target-dir={target}"]
     subprocess.run([cargo, *build, *where], check=True)
 
     def run(cases: list[Case]) -> list[Verdict]:

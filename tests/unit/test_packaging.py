@@ -12,9 +12,11 @@ from pathlib import Path
 import pefile
 import pytest
 
+from pytest_kdriver.guest import executable
+
 ROOT = Path(__file__).resolve().parents[2]
 AGENT = "pytest_kdriver/guest/kdagent.exe"
-FORWARDER = "pytest_kdriver/targets/kdtrace"
+FORWARDER = "pytest_kdriver/guest/kdtrace"
 IMAGES = "pytest_kdriver/_images"
 
 
@@ -89,6 +91,13 @@ def test_the_forwarder_in_the_wheel_needs_no_library_of_the_guest(wheel: Path) -
     }
     interpreter = 3  # PT_INTERP: the dynamic linker
     assert interpreter not in kinds
+
+
+def test_programs_are_the_same_wherever_they_were_built(wheel: Path) -> None:
+    """A disk image is made anew where they are others."""
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(AGENT) == executable.AGENT.executable().read_bytes()
+        assert archive.read(FORWARDER) == executable.FORWARDER.executable().read_bytes()
 
 
 def test_the_wheel_is_for_any_platform(wheel: Path) -> None:

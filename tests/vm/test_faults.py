@@ -384,7 +384,7 @@ class TestTheHost:
         small.mkdir()
         options = "size=1100M,mode=755"
         subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", small], check=True)
-        for name in ("agent", "forwarder", "hosts", "disks"):
+        for name in ("programs", "hosts", "disks"):
             (small / name).symlink_to((own_cache / name).resolve())
         monkeypatch.setenv("KDRIVER_CACHE", str(small))
         yield small

@@ -16,7 +16,7 @@ from pytest_kdriver.driver import Driver
 from pytest_kdriver.errors import AgentError, LinkError, TargetError
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.frames import Decoder, Frame, Kind, encode
 from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
@@ -107,7 +107,7 @@ def own_link(target: WineTarget) -> ProcessLink:
     """To an agent of its own."""
     wine = prefix.find_wine()
     return ProcessLink(
-        [wine.loader, str(agent_executable())],
+        [wine.loader, str(AGENT.executable())],
         env=wine.environment(target.prefix, "-all"),
         cwd=target.prefix,
     )

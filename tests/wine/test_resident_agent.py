@@ -20,7 +20,7 @@ import pytest
 from pytest_kdriver.errors import AgentError, LinkError, TargetError
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.frames import Decoder, Frame, Kind, encode
 from pytest_kdriver.guest.links.serial import SerialLink
 from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
@@ -129,7 +129,7 @@ def start(
     stderr: int | None = None,
 ) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [guest.wine.loader, str(agent_executable()), *arguments],
+        [guest.wine.loader, str(AGENT.executable()), *arguments],
         env=guest.wine.environment(guest.path, "-all"),
         cwd=guest.path,
         stdin=stdin,

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -332,7 +333,8 @@ class TestEnd:
     ) -> None:
         before = set(left_behind())
         target = WineTarget(CONFIG)
-        monkeypatch.setattr(wine_module, "agent_executable", lambda: Path("/nonexistent.exe"))
+        nowhere = SimpleNamespace(executable=lambda: Path("/nonexistent.exe"))
+        monkeypatch.setattr(wine_module, "AGENT", nowhere)
         with pytest.raises(TargetError, match="it did not start"):
             target.start()
         target.close()

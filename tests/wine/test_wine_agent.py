@@ -25,7 +25,7 @@ from pytest_kdriver.errors import (
 )
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent, Process
-from pytest_kdriver.guest.executable import agent_executable
+from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.frames import MAX_FRAME, Decoder, Frame, Kind, encode
 from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.guest.registry import RegistryValue
@@ -58,7 +58,7 @@ class Guest:
 
     def link(self, *, stderr: int | None = None, channels: str = "-all") -> ProcessLink:
         return ProcessLink(
-            [self.wine.loader, str(agent_executable())],
+            [self.wine.loader, str(AGENT.executable())],
             env=self.wine.environment(self.path, channels),
             stderr=stderr,
             cwd=self.path,
@@ -137,7 +137,7 @@ class Blocked:
     @property
     def command(self) -> list[str]:
         """A shell, and below it an agent, whose first frame does not come."""
-        executable = "Z:" + str(agent_executable()).replace("/", "\\")
+        executable = "Z:" + str(AGENT.executable()).replace("/", "\\")
         return ["cmd", "/c", f"{executable}<{self.path}"]
 
     def find(self, agent: Agent) -> list[Process]:
@@ -180,7 +180,7 @@ class TestHello:
 
 
 def test_the_executable_is_small_and_needs_the_system_alone() -> None:
-    path = agent_executable()
+    path = AGENT.executable()
     assert path.stat().st_size < 300_000
     with closing(pefile.PE(str(path))) as image:
         imported = {entry.dll.decode().lower() for entry in image.DIRECTORY_ENTRY_IMPORT}
@@ -524,7 +524,7 @@ class TestRun:
         """A second agent as the program: its frames must not come out of the first one's end."""
         hello = to_bytes(messages.Hello(protocol=1))
         request = Frame(kind=Kind.REQUEST, operation=1, request=9, body=hello)
-        executable = "Z:" + str(agent_executable()).replace("/", "\\")
+        executable = "Z:" + str(AGENT.executable()).replace("/", "\\")
         done = agent.run([executable], stdin=encode(request) + bytes(4))
         frames = Decoder().receive_data(done.stdout)
         assert {frame.request for frame in frames} <= {9, 0}
