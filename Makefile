@@ -30,7 +30,7 @@ demo: setup
 
 # Virtual machines by themselves: they want the processors, one each. The files that take longest come first as they
 # are. $(ARGS) may leave no test for one of the two.
-test: VM := -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+test: VM := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: OR_NONE = $(if $(ARGS),|| [[ $$? == 5 ]])
 test: setup-tests
 	@scripts/rust test $(CARGO_MANIFESTS)
@@ -42,7 +42,7 @@ test-trixie:
 	@scripts/trixie
 
 soak: setup-tests
-	@$(PYTEST) --kdriver-vm wine -m soak $(ARGS)
+	@$(PYTEST) --kdriver-vm wine -m soak --timeout 0 $(ARGS)
 
 bench: setup-tests
 	@$(BIN)/python -m bench $(ARGS)

@@ -65,6 +65,11 @@ def test_it_is_what_libvirts_schema_allows(settings: dict[str, object], tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_a_path_with_a_line_s_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has a line's end"):
+        domain_xml(spec(cdrom=Path("/a\nb.iso")))
+
+
 def test_it_says_whose_it_is() -> None:
     run = ET.fromstring(domain_xml(spec())).find("metadata/{urn:pytest-kdriver:run}run")
     assert run is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ def vm_cache() -> Iterator[Path]:
     real = cache_directory()
     home = real if os.geteuid() else Path(daemon_user().pw_dir)
     _remove_leftovers(home)
-    own = home / f"tests-{os.getpid()}"
+    own = home / f"tests-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     own.mkdir(parents=True)
     kept_where = dict.fromkeys(("wine", "programs", "hosts"), real) | {"disks": home}
     for name, kept in kept_where.items():
@@ -74,10 +75,15 @@ def vm_cache() -> Iterator[Path]:
 def _remove_leftovers(home: Path) -> None:
     """Remove what killed test runs left; their libvirt is gone already, see ``PrivateLibvirt``."""
     for folder in home.glob("tests-[0-9]*"):
-        if not Path("/proc", folder.name.rpartition("-")[2]).exists():
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("KDRIVER_CACHE", str(folder))
-                collect_garbage(REMOVERS)
+        pid = folder.name.split("-")[1]
+        if pid != str(os.getpid()) and Path("/proc", pid).exists():
+            continue
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            if (mounted := line.split()[1]).startswith(f"{folder}/"):
+                subprocess.run(["umount", "--lazy", mounted], check=True)
+        with pytest.MonkeyPatch.context() as patch, suppress(OSError):  # else the next does it
+            patch.setenv("KDRIVER_CACHE", str(folder))
+            collect_garbage(REMOVERS)
             remove_tree(folder)
 
 
@@ -132,6 +138,20 @@ def winevm(shared_winevm: MachineTarget, own_cache: Path) -> MachineTarget:
     """It, as it was when it had started."""
     shared_winevm.revert()
     return shared_winevm
+
+
+@pytest.fixture
+def put_back(winevm: MachineTarget) -> Callable[[], None]:
+    """Put it back, and see that it is the same guest: where that fails a target takes another."""
+
+    def put_back() -> None:
+        machine = winevm.machine
+        assert isinstance(machine, LibvirtMachine)
+        before = machine._running()
+        winevm.revert()
+        assert machine._running() is before
+
+    return put_back
 
 
 @pytest.fixture

@@ -50,9 +50,10 @@ class PrivateLibvirt:
     def __init__(self) -> None:
         remove_leftovers()
         self._user = daemon_user()
-        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        making = Path(tempfile.mkdtemp(prefix=f"new-{_PREFIX}", dir="/tmp"))
+        self._lock = os.open(making / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.folder = making.rename(making.with_name(making.name.removeprefix("new-")))  # locked
         self.folder.chmod(0o755)
         self._environment = {
             "HOME": str(self.folder),
@@ -130,6 +131,17 @@ class PrivateLibvirt:
         for part in ("kdriver-test-libvirt", "capabilities"):
             kept = self._make(kept / part)
         (below / "cache").symlink_to(kept)
+
+
+def emulators(mark: str) -> list[int]:
+    """The QEMU processes that have ``mark`` in the argument that names their guest."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # gone meanwhile
+            arguments = entry.read_bytes().split(b"\0")
+            if any(a.startswith(b"guest=kdriver-") and mark.encode() in a for a in arguments):
+                found.append(int(entry.parent.name))
+    return found
 
 
 def remove_leftovers() -> None:

@@ -56,7 +56,7 @@ def kdriver(home: Path, environment: dict[str, str]) -> Kdriver:
             capture_output=True,
             text=True,
             check=False,
-            timeout=180,
+            timeout=600,
         )
         assert "Traceback" not in done.stderr
         return done
@@ -80,7 +80,7 @@ def doctor(home: Path, environment: dict[str, str]) -> Iterator[Callable[[], tup
         try:
 
             def ended() -> tuple[int, str]:
-                told, _ = process.communicate(timeout=180)
+                told, _ = process.communicate(timeout=600)
                 return process.returncode, told
 
             yield ended

@@ -15,7 +15,7 @@ import pytest
 from pytest_kdriver.errors import TargetError
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.domain import console_tail
-from tests.vm.daemon import PrivateLibvirt
+from tests.vm.daemon import PrivateLibvirt, emulators
 from tests.vm.tiny_guest import TinyGuest
 
 Make = Callable[..., TinyGuest]
@@ -45,12 +45,7 @@ def guest(make: Make) -> TinyGuest:
 
 
 def _emulator(guest: TinyGuest) -> int:
-    name = f"guest={guest.spec.name},".encode()
-    (pid,) = [
-        int(entry.parent.name)
-        for entry in Path("/proc").glob("[0-9]*/cmdline")
-        if name in entry.read_bytes()
-    ]
+    (pid,) = emulators(f"={guest.spec.name},")
     return pid
 
 

@@ -29,7 +29,7 @@ def test_they_pass(
     for path in (ROOT / "tests" / "drivers").glob("test_*.py"):
         shutil.copy(path, project.path)
     done = project.runpytest_subprocess(
-        *("-W", "error", "--kdriver-vm=winevm", f"--kdriver-isolation={isolation}"), timeout=400
+        *("-W", "error", "--kdriver-vm=winevm", f"--kdriver-isolation={isolation}"), timeout=600
     )
     outcomes = done.parseoutcomes()
     assert set(outcomes) <= {"passed", "xfailed"}, done.stdout.str()

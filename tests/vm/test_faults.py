@@ -27,7 +27,7 @@ from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
 from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.win32error import Win32Error
 from tests.conftest import Verdicts
-from tests.vm.daemon import PrivateLibvirt
+from tests.vm.daemon import PrivateLibvirt, emulators
 from tests.vm.tiny_guest import trial_disk
 
 Configure = Callable[..., None]
@@ -45,19 +45,6 @@ def tiny_disk(first: str) -> bytes:
     sector = bytearray(Path(__file__).with_name("tiny_guest.bin").read_bytes())
     sector[509] = ord(first)
     return bytes(sector).ljust(1 << 20, b"\0")
-
-
-def emulators(run: str) -> list[int]:
-    """The QEMU processes of a run's guests; its folder's name ends with what theirs has in it."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            arguments = entry.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(a.startswith(b"guest=kdriver-") and run.encode() in a for a in arguments):
-            found.append(int(entry.parent.name))
-    return found
 
 
 @pytest.fixture
@@ -96,8 +83,8 @@ class TestAGuestThatDoesNotComeUp:
     ) -> None:
         disk = guest_folder / "no-agent.raw"
         disk.write_bytes(tiny_disk("\0"))
-        told, _ = failing(libvirt_uri, disk=disk, boot_timeout=4.0, memory=64, nic="none")
-        assert "the agent did not answer within 4 s" in told
+        told, _ = failing(libvirt_uri, disk=disk, boot_timeout=10.0, memory=64, nic="none")
+        assert "the agent did not answer within 10 s" in told
         assert "boot_timeout in its config" in told
         assert "the last lines of its console:\n    the tiny guest is up" in told
         (picture,) = (own_cache / "pictures").glob("*.png")
@@ -113,10 +100,10 @@ class TestAGuestThatDoesNotComeUp:
     ) -> None:
         disk = guest_folder / "faults.raw"
         disk.write_bytes(tiny_disk("t"))
-        told, seconds = failing(libvirt_uri, disk=disk, boot_timeout=60.0, memory=64, nic="none")
+        told, seconds = failing(libvirt_uri, disk=disk, boot_timeout=600.0, memory=64, nic="none")
         assert "the guest stopped while it booted" in told
         assert "reset itself" in told
-        assert seconds < 30
+        assert seconds < 300  # and not when its time is over
 
     def test_since_its_disk_is_no_disk_says_so(
         self, failing: Callable[..., tuple[str, float]], libvirt_uri: str, guest_folder: Path
@@ -169,7 +156,7 @@ class TestInTheMiddle:
         assert winevm.agent.processes()
 
     def test_a_request_that_is_on_its_way_is_not_done_after_the_load(
-        self, winevm: MachineTarget
+        self, winevm: MachineTarget, put_back: Callable[[], None]
     ) -> None:
         """It lies in QEMU's socket: the guest that is put back must not take it for its own.
 
@@ -193,22 +180,22 @@ class TestInTheMiddle:
                 assert socket.send(frame) == len(frame)
                 sent += len(frame)
         assert sent > 1 << 19
-        winevm.revert()
+        put_back()
         time.sleep(0.5)  # nothing tells that something will not be done
         assert winevm.agent.get_value("Software\\ghost", request.name) is None
 
     def test_libvirt_that_dies_and_comes_back_is_no_matter(
-        self, winevm: MachineTarget, private_libvirt: PrivateLibvirt
+        self, winevm: MachineTarget, put_back: Callable[[], None], private_libvirt: PrivateLibvirt
     ) -> None:
         winevm.agent.put(b"alive", r"C:\canary")
         private_libvirt.kill()
         assert winevm.agent.hash(r"C:\canary") is not None
         private_libvirt.start()
-        winevm.revert()
+        put_back()
         assert winevm.agent.hash(r"C:\canary") is None
 
     def test_a_full_disk_of_the_guest_s_is_the_guest_s_own_error(
-        self, winevm: MachineTarget
+        self, winevm: MachineTarget, put_back: Callable[[], None]
     ) -> None:
         agent = winevm.agent
         free = agent.free_space("C:\\")
@@ -221,7 +208,7 @@ class TestInTheMiddle:
         assert raised.value.code == Win32Error.ERROR_DISK_FULL
         with pytest.raises(TargetError, match="MiB free, 64 are needed"):
             winevm.machine.check(winevm.guest)
-        winevm.revert()
+        put_back()
         winevm.machine.check(winevm.guest)
 
     def test_a_base_disk_that_somebody_changes_is_noticed(self, winevm: MachineTarget) -> None:
@@ -253,7 +240,7 @@ def test_a_test_that_loses_its_guest_fails_and_the_next_has_another(
         import pytest
 
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        from tests.vm.test_faults import emulators
+        from tests.vm.daemon import emulators
 
         def run_name():
             (run,) = pathlib.Path(os.environ["KDRIVER_CACHE"], "runs").glob(f"{{os.getpid()}}-*")
@@ -334,7 +321,7 @@ class TestTheHost:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (project.path / "started").exists():
             assert process.poll() is None, "pytest ended before its test began"
             assert time.monotonic() < deadline
@@ -348,7 +335,7 @@ class TestTheHost:
         process = self.start(project)
         assert left_behind() != []
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 2
+        assert process.wait(300) == 2
         assert left_behind() == []
 
     def test_kill_9_leaves_what_gc_removes(
@@ -430,5 +417,5 @@ def test_two_runs_at_once_do_not_meet(
     )
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--kdriver-vm=winevm"]
     runs = [subprocess.Popen(command, cwd=project.path, stdin=subprocess.DEVNULL) for _ in range(2)]
-    assert [run.wait(240) for run in runs] == [0, 0]
+    assert [run.wait(600) for run in runs] == [0, 0]
     assert left_behind() == []

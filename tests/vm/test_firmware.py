@@ -33,7 +33,8 @@ class Shell:
         """What is said until the next prompt."""
         said = b""
         while not said.endswith(b"Shell> \x1b[0m\x1b[37m\x1b[40m"):
-            said += self._port.recv(4096)
+            said += (some := self._port.recv(4096))
+            assert some, "QEMU is gone"
         return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", said.decode(errors="replace"))
 
     def run(self, command: str) -> str:
@@ -57,8 +58,9 @@ class Shell:
                 BUFFER + at, int.from_bytes(command[at : at + 8].ljust(8, b"\0"), "little"), 8
             )
         self.poke(START, 1)
+        deadline = time.monotonic() + 60
         while self.peek(START) != bytes(4):
-            pass
+            assert time.monotonic() < deadline
         return b"".join(self.peek(BUFFER + at) for at in range(0, 16, 4))
 
     def pcr_updates(self) -> int:

@@ -82,7 +82,7 @@ def runs(
         patch.setenv("KDRIVER_CACHE", str(vm_cache))
         try:
             told = {
-                name: process.communicate(timeout=240)[0] for name, process in processes.items()
+                name: process.communicate(timeout=600)[0] for name, process in processes.items()
             }
             assert sorted(vm.target for vm in kept_vms()) == sorted(chosen), "".join(told.values())
             yield {

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_kdriver.errors import TargetError
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
+from tests.vm.daemon import emulators
 from tests.vm.tiny_guest import TinyGuest
 
 Make = Callable[..., TinyGuest]
@@ -30,18 +31,14 @@ def make(hypervisor: Hypervisor, guest_folder: Path) -> Iterator[Make]:
 
 
 def _arguments(guest: TinyGuest) -> list[str]:
-    mark = f"guest={guest.spec.name},"
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        if mark in (line := entry.read_text(errors="replace")):
-            return line.split("\0")
-    raise AssertionError("QEMU does not run")
+    (pid,) = emulators(f"={guest.spec.name},")
+    return Path("/proc", str(pid), "cmdline").read_text(errors="replace").split("\0")
 
 
 def _listening(pid_of: TinyGuest) -> set[str]:
     """The addresses, as the kernel writes them, of TCP sockets that listen and are QEMU's."""
-    mark = f"guest={pid_of.spec.name},".encode()
-    (process,) = [e.parent for e in Path("/proc").glob("[0-9]*/cmdline") if mark in e.read_bytes()]
-    own = {str(fd.readlink()) for fd in (process / "fd").iterdir()}
+    (pid,) = emulators(f"={pid_of.spec.name},")
+    own = {str(fd.readlink()) for fd in Path("/proc", str(pid), "fd").iterdir()}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path("/proc/net", table).read_text().splitlines()[1:]:

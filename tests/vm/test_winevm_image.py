@@ -51,6 +51,7 @@ class RawGuest:
         forward = f"hostfwd=tcp:127.0.0.1:{self.ssh_port}-:22"
         self.process = subprocess.Popen(
             [
+                *("setpriv", "--pdeathsig", "KILL"),  # it is under no libvirt that is looked after
                 *("qemu-system-x86_64", "-nodefaults", "-display", "none"),
                 *("-accel", "tcg", "-cpu", "max,smap=off", "-smp", "1"),
                 *("-m", str(self.config.memory), "-append", self.config.cmdline),
@@ -88,6 +89,7 @@ class RawGuest:
         connection = socket.socket(socket.AF_UNIX)
         while connection.connect_ex(str(self.port(name))):
             assert self.process.poll() is None, "QEMU ended"
+            time.sleep(0.01)
         return connection
 
     def _ask(self, request: object) -> str:
@@ -249,7 +251,8 @@ def test_the_trace_goes_on_when_the_host_comes_back(
     guest: RawGuest, agent: Agent, trace: Trace
 ) -> None:
     trace.pump.close()
-    cycle(agent, "hello")
+    agent.set_value(PARAMETERS, "Lines", 50_000)
+    cycle(agent, "chatty")  # more than is kept for a host that may never come back
     again = Trace(guest)
     trace.log, trace.pump = again.log, again.pump
     assert_hello_is_heard(agent, trace)
@@ -266,6 +269,11 @@ def test_tests_have_room_and_the_right_to_set_the_clock(agent: Agent) -> None:
 def test_nobody_can_log_in_at_the_console(guest: RawGuest) -> None:
     assert "login:" not in guest.console.read_text(errors="replace")
     assert guest.shell("getent shadow root").split(":")[1] == "*"
+
+
+def test_how_the_host_reaches_its_mirrors_is_not_told_to_the_guest(guest: RawGuest) -> None:
+    """Addresses and proxies may have passwords in them."""
+    assert guest.shell("grep -rlE '://|Acquire::' /etc/apt; echo searched") == "searched\n"
 
 
 def test_what_is_killed_is_there_again(guest: RawGuest, agent: Agent, trace: Trace) -> None:

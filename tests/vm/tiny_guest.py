@@ -88,13 +88,15 @@ class TinyGuest:
         for _ in range(int(TIMEOUT / 0.5)):
             with suppress(TimeoutError):
                 self.port.sendall(b"?")
-                while self.port.recv(1) != b"?":
-                    pass
+                self._wait_for(b"?")
                 break
         self.port.sendall(b"!")  # after which nothing of before can come
-        while self.port.recv(1) != b"!":
-            pass
+        self._wait_for(b"!")
         self.port.settimeout(TIMEOUT)
+
+    def _wait_for(self, answer: bytes) -> None:
+        while (said := self.port.recv(1)) != answer:
+            assert said, "QEMU is gone"
 
     def connect(self) -> None:
         self.disconnect()

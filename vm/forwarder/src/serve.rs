@@ -79,7 +79,7 @@ struct Server {
 impl Server {
     /// Waits for something to do, and does it.
     fn turn(&mut self) -> io::Result<()> {
-        let takes = self.forwarder.drops() || !(self.absent || self.forwarder.is_full());
+        let takes = self.drops() || !self.forwarder.is_full();
         let mut wanted = [
             PollFd::new(takes.then(|| self.messages.as_fd()), POLLIN),
             PollFd::new(Some(self.listener.as_fd()), POLLIN),
@@ -146,13 +146,19 @@ impl Server {
         }
     }
 
+    /// Whether messages are dropped, for nobody reads them: who writes must not wait for a host that has gone.
+    fn drops(&self) -> bool {
+        self.absent || self.forwarder.drops()
+    }
+
     /// Takes the messages that are there, but not more than the port takes at once.
     fn take_messages(&mut self) -> io::Result<()> {
         for _ in 0..AT_ONCE {
-            if self.forwarder.is_full() {
+            if self.forwarder.is_full() && !self.drops() {
                 break;
             }
             match sys::receive_message(self.messages.as_fd(), &mut self.buffer) {
+                Ok(_) if self.absent => {}
                 Ok((length, sender)) => self.forwarder.take_message(&self.buffer[..length], sender),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
