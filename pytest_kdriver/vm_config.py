@@ -51,9 +51,11 @@ AgentKind: TypeAlias = Literal["serial", "ssh"]
 
 USER_NETWORK: Final = "user"
 DEFAULT_URI: Final = "qemu:///session"
-_VIRTIO_PORT: Final = re.compile(r"virtio:[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
-_COM_PORT: Final = re.compile(r"com[1-4]")
+PORT: Final = re.compile(r"virtio:([A-Za-z0-9_][A-Za-z0-9_.-]{0,30})|com([1-4])")
+"""A port of a guest: the name of one of virtio's, or a COM port's number."""
+
 _NETWORK: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+_SSH_NETWORK: Final = f"agent ssh needs network {USER_NETWORK!r}, whose ports are forwarded"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 
@@ -97,12 +99,33 @@ class VmConfig:
         return self.agent_port if isinstance(self.agent_port, int) else 22
 
 
-def vm_config(*settings: VmSettings) -> VmConfig:
-    """The machine that ``settings`` make, the later counting more than the earlier."""
+def vm_config(*settings: VmSettings, where: str = "the virtual machine") -> VmConfig:
+    """The machine that ``settings`` make, the later counting more than the earlier.
+
+    Raises ``ConfigError`` where each can be, and all together can't; ``where`` says whose they are.
+    """
     merged: dict[str, object] = {}
     for some in settings:
         merged |= some
-    return VmConfig(**merged)  # type: ignore[arg-type]  # each was checked
+    config = VmConfig(**merged)  # type: ignore[arg-type]  # each was checked
+    if (contradiction := _contradiction(config)) is not None:
+        raise ConfigError(f"{where}: {contradiction}")
+    return config
+
+
+def _contradiction(config: VmConfig) -> str | None:
+    """Which keys can't be together; None where all can."""
+    if config.agent == "ssh":
+        if config.network != USER_NETWORK:
+            return f"agent is 'ssh', network {config.network!r}; {_SSH_NETWORK}"
+        if config.nic == "none":
+            return "agent is 'ssh', nic 'none'; agent ssh needs one"
+        return None
+    if isinstance(config.agent_port, int):
+        return f"agent is 'serial', agent_port {config.agent_port}; allowed: {_PORT_WORDS}"
+    if config.kernel_log != "none" and config.agent_port == config.kernel_log_port:
+        return f"agent_port and kernel_log_port are both {config.agent_port!r}; each needs its own"
+    return None
 
 
 def parse_vm(table: Mapping[str, object], where: str, folder: Path) -> dict[str, object]:
@@ -117,9 +140,7 @@ def parse_vm(table: Mapping[str, object], where: str, folder: Path) -> dict[str,
         except _Refused as refused:
             raise ConfigError(f"{where}: {key} is {value!r}; allowed: {refused}") from None
     if settings.get("agent") == "ssh" and settings.get("network", USER_NETWORK) != USER_NETWORK:
-        raise ConfigError(
-            f"{where}: agent ssh needs network {USER_NETWORK!r}, whose ports are forwarded"
-        )
+        raise ConfigError(f"{where}: {_SSH_NETWORK}")
     port = settings.get("agent_port")
     if settings.get("agent") == "ssh" and isinstance(port, str):
         raise ConfigError(f"{where}: agent_port is {port!r}; for ssh it is a TCP port")
@@ -133,7 +154,7 @@ class _Refused(Exception):
 
 
 _Check: TypeAlias = Callable[[object, Path], object]
-_PORT_WORDS: Final = '"virtio:NAME", "com1" to "com4"'
+_PORT_WORDS: Final = '"virtio:NAME" (at most 31 characters), "com1" to "com4"'
 
 
 def _one_of(*words: str) -> _Check:
@@ -192,9 +213,7 @@ def _agent_port(value: object, folder: Path) -> object:
 
 
 def _port(value: object, _: Path) -> object:
-    if not isinstance(value, str) or not (
-        _VIRTIO_PORT.fullmatch(value) or _COM_PORT.fullmatch(value)
-    ):
+    if not isinstance(value, str) or not PORT.fullmatch(value):
         raise _Refused(_PORT_WORDS)
     return value
 

@@ -12,6 +12,7 @@ from pytest_kdriver.image.exports import KernelExports
 from pytest_kdriver.image.finder import ImageFinder
 from pytest_kdriver.image.preflight import Finding, preflight
 from pytest_kdriver.targets import prefix
+from pytest_kdriver.targets.leftovers import REMOVERS
 from pytest_kdriver.targets.runs import Run
 
 
@@ -70,5 +71,5 @@ def _wine_kernel(wanted: str | None) -> KernelExports:
     try:
         template = prefix.template(wine, run)
     finally:
-        run.close()
+        run.close(REMOVERS)
     return KernelExports(template / "drive_c" / "windows", f"Wine {wine.version}")

@@ -52,7 +52,7 @@ def _build(options: argparse.Namespace) -> int:
         with _Clock().showing() as clock:
             image = ensure(recipe, run, clock.begin)
     finally:
-        run.close()
+        run.close(REMOVERS)
     print(image.folder)
     return 0
 

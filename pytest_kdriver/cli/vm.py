@@ -106,7 +106,10 @@ def _status(options: argparse.Namespace) -> int:  # noqa: ARG001 -- the actions'
 
 def _stop(options: argparse.Namespace) -> int:
     vm = _find(options.name)
-    vm.remove()
+    try:
+        vm.remove()
+    except OSError as error:
+        raise TargetError(f"{vm.domain} stays: {error}") from error
     _say(f"{vm.domain} is gone")
     return 0
 

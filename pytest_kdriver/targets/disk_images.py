@@ -116,9 +116,10 @@ def ensure(recipe: Recipe, run: Run, progress: Callable[[Phase], None]) -> DiskI
 def _find(place: Path) -> DiskImage | None:
     try:
         image = read_image(place)
-        os.utime(place / _IMAGE_FILE)  # when it was last used
     except TargetError:
         return None
+    with suppress(OSError):  # another user's, root's say: only its owner notes it
+        os.utime(place / _IMAGE_FILE)  # when it was last used
     return image
 
 

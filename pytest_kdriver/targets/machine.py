@@ -78,6 +78,9 @@ class Machine(Protocol):
         """What the guest's kernel will make of ``image``. Raises ``ImageError``."""
         ...
 
-    def end(self, guest: Guest) -> None:
-        """End a guest and remove what was made for it. Never raises for what is gone already."""
+    def end(self) -> None:
+        """End the guest, if there is one, and remove what was made for it.
+
+        Never raises for what is gone already. Where it was interrupted, it can be called again.
+        """
         ...

@@ -151,18 +151,20 @@ class MachineTarget:
         with ExitStack() as last_to_first:
             run, self._run = self._run, None
             if run is not None:
-                last_to_first.callback(run.close)
+                last_to_first.callback(run.close, REMOVERS)
                 last_to_first.callback(remove_file, self._spill)
             if self._log is not None:
                 last_to_first.callback(self._log.close)
             self._end_guest()
 
     def _end_guest(self) -> None:
-        guest, self._guest = self._guest, None
-        if self._loader is not None:
-            self._loader.close()
-        if guest is not None:
-            self.machine.end(guest)
+        """End the guest that the machine has, also one that we were not given yet."""
+        self._guest = None
+        try:
+            if self._loader is not None:
+                self._loader.close()
+        finally:
+            self.machine.end()
 
     def keep(self) -> str | None:
         """See ``Target``."""

@@ -13,10 +13,12 @@ import fcntl
 import json
 import os
 import subprocess
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from pytest_kdriver.paths import cache_directory
@@ -24,6 +26,10 @@ from pytest_kdriver.paths import cache_directory
 Remover = Callable[[Path], None]
 """Removes a resource, given its path; never raises for what is gone already, OSError for what must stay."""
 
+IN_USE_PATIENCE: Final = 1.0
+"""Seconds that ``remove_kept`` waits for another kdriver, which may only look whose the run is."""
+
+_IN_USE_INTERVAL: Final = 0.05
 _LOCK: Final = "lock"
 _RESOURCES: Final = "resources"
 _KEPT: Final = "kept"
@@ -48,10 +54,18 @@ class Run:
 
     def record(self, kind: str, path: Path) -> None:
         """Write down that ``path``, a resource of this kind, is about to be made."""
+        self._write_down({"kind": kind, "path": str(path)})
+
+    def forget(self, kind: str, path: Path) -> None:
+        """Write down that what was recorded is gone for sure; it spares its remover a look."""
+        with suppress(OSError):
+            self._write_down({"kind": kind, "path": str(path), "gone": True})
+
+    def _write_down(self, entry: dict[str, object]) -> None:
         resources = self.path / _RESOURCES
         resources.touch(mode=0o600)
         with resources.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "path": str(path)}) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
     def keep(self) -> None:
         """Leave the folder, and all that it names, to whoever removes it by ``remove_kept``."""
@@ -59,16 +73,22 @@ class Run:
         os.close(self._lock)
         self._lock = -1
 
-    def close(self) -> None:
-        """Remove the folder. Its resources have to be gone."""
-        if self._lock >= 0:
+    def close(self, removers: Mapping[str, Remover] = MappingProxyType({})) -> None:
+        """Remove what is recorded and was not forgotten, by ``removers``, then the folder.
+
+        Where something stays the folder does too, as nobody's: the next run, or ``kdriver gc``, tries again.
+        """
+        if self._lock < 0:
+            return
+        try:
             with suppress(OSError):
-                remove_tree(self.path)
+                _remove(self.path, removers)
+        finally:
             os.close(self._lock)
             self._lock = -1
 
 
-def collect_garbage(removers: dict[str, Remover]) -> list[Path]:
+def collect_garbage(removers: Mapping[str, Remover]) -> list[Path]:
     """Remove what dead runs left behind; the folders that were removed.
 
     What can't be removed, since it is another user's, say, stays, and is no obstacle to the rest.
@@ -92,17 +112,29 @@ def is_kept(folder: Path) -> bool:
     return (folder / _KEPT).exists()
 
 
-def remove_kept(folder: Path, removers: dict[str, Remover]) -> None:
-    """Remove a run that was kept, and all that it names. Raises OSError for what must stay."""
-    with _orphaned(folder) as orphan:
-        if orphan:
-            _remove(folder, removers)
+def remove_kept(folder: Path, removers: Mapping[str, Remover]) -> None:
+    """Remove a run that was kept, and all that it names.
+
+    Raises OSError for what must stay, and where another kdriver has the run.
+    """
+    deadline = time.monotonic() + IN_USE_PATIENCE
+    while True:
+        with _orphaned(folder) as orphan:
+            if orphan:
+                _remove(folder, removers)
+                return
+        if time.monotonic() >= deadline:
+            raise OSError(f"{folder} is in use by another kdriver")
+        time.sleep(_IN_USE_INTERVAL)
 
 
-def _remove(folder: Path, removers: dict[str, Remover]) -> None:
+def _remove(folder: Path, removers: Mapping[str, Remover]) -> None:
+    """Remove what a run made, the last first; its record goes when all is gone. Raises OSError."""
     for kind, path in _resources(folder):
         if kind in removers:
             removers[kind](path)
+    with suppress(FileNotFoundError):
+        _remove_trees(path for path in folder.iterdir() if path.name not in {_LOCK, _RESOURCES})
     remove_tree(folder)
 
 
@@ -121,7 +153,11 @@ def remove_tree(path: Path) -> None:
 
     By ``rm``, since ``shutil.rmtree`` before Python 3.13 fails at trees some thousand folders deep.
     """
-    command = ["rm", "-rf", "--one-file-system", "--", str(path)]
+    _remove_trees([path])
+
+
+def _remove_trees(paths: Iterable[Path]) -> None:
+    command = ["rm", "-rf", "--one-file-system", "--", *map(str, paths)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     if done.returncode:
         raise OSError(done.stderr.decode(errors="replace").strip())
@@ -161,14 +197,21 @@ def _alive(folder: Path) -> bool:
     return pid.isdigit() and Path("/proc", pid).exists()
 
 
-def _resources(folder: Path) -> Iterator[tuple[str, Path]]:
+def _resources(folder: Path) -> list[tuple[str, Path]]:
+    """What a run recorded and did not forget, the last first."""
     try:
         lines = (folder / _RESOURCES).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        return
-    for line in reversed(lines):
+        return []
+    found: dict[tuple[str, Path], None] = {}
+    for line in lines:
         try:
             entry = json.loads(line)
-            yield str(entry["kind"]), Path(entry["path"])
+            resource = str(entry["kind"]), Path(entry["path"])
+            gone = entry.get("gone") is True
         except (ValueError, KeyError, TypeError):
             continue  # the owner died while it wrote this line: nothing was made yet
+        found.pop(resource, None)
+        if not gone:
+            found[resource] = None
+    return list(reversed(found))

@@ -42,7 +42,9 @@ class WineMachine:
         self.prefix = Path()
         self._name = config.name
         self._wine = prefix.find_wine(config.wine)
+        self._run: Run | None = None
         self._pump: MessagePump | None = None
+        self._guest: Guest | None = None
 
     def describe(self) -> str:
         """See ``Machine``."""
@@ -76,8 +78,10 @@ class WineMachine:
             prefix.remove(path)
             raise
         self.prefix = path
+        self._run = run
         self._pump = pump
-        return Guest(agent, pump)
+        self._guest = guest = Guest(agent, pump)
+        return guest
 
     def save(self, guest: Guest) -> Guest:
         """See ``Machine``. A new clone is as good."""
@@ -113,14 +117,20 @@ class WineMachine:
         windows = self.prefix / "drive_c" / "windows"
         return preflight(image, KernelExports(windows, self.describe()), guest="wine")
 
-    def end(self, guest: Guest) -> None:
+    def end(self) -> None:
         """See ``Machine``."""
+        guest = self._guest
+        if guest is None:
+            return
         with ExitStack() as last_to_first:
             last_to_first.callback(prefix.remove, self.prefix)
             if guest.feed is not None:
                 last_to_first.callback(guest.feed.close)
             last_to_first.callback(guest.agent.close)
             prefix.end(self.prefix)
+        if self._run is not None and not self.prefix.exists():
+            self._run.forget(prefix.RESOURCE, self.prefix)
+        self._guest = None
 
 
 class WineTarget(MachineTarget):

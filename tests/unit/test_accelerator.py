@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from pytest_kdriver.targets.libvirt import accelerator
 from pytest_kdriver.targets.libvirt.accelerator import Accelerator, Trial, run_trial, trial_code
+from tests.unit.far_ends import until
 
 ROOT = Path(__file__).parents[2]
 EMULATOR = Path(shutil.which("qemu-system-x86_64") or "/usr/bin/qemu-system-x86_64")
@@ -148,6 +150,45 @@ def test_a_failure_that_a_trial_missed_is_remembered(tmp_path: Path) -> None:
     )
     accelerator.forget(emulator)
     assert accelerator.find_accelerator(emulator).kind == "kvm"
+
+
+def test_an_interrupt_leaves_no_emulator_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulator = _emulator(tmp_path, f"echo $$ > {tmp_path}/pid", "exec sleep 600")
+
+    def interrupt(*_: object) -> None:
+        until(lambda: _read(tmp_path / "pid"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accelerator, "_read", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(emulator, "kvm")
+    until(lambda: _is_gone(int(_read(tmp_path / "pid"))))
+
+
+def test_an_emulator_ends_with_who_tries_it(tmp_path: Path) -> None:
+    emulator = _emulator(tmp_path, f"echo $$ > {tmp_path}/pid", "exec sleep 600")
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from pytest_kdriver.targets.libvirt.accelerator import run_trial\n"
+        "run_trial(Path(sys.argv[1]), 'kvm', timeout=600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, emulator]) as process:
+        pid = int(until(lambda: _read(tmp_path / "pid")))
+        process.kill()
+    until(lambda: _is_gone(pid))
+
+
+def _read(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"kind": "kvm", "other": 1}', "\0"])

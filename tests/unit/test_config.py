@@ -9,7 +9,7 @@ import pytest
 
 from pytest_kdriver.config import find_root, load_config
 from pytest_kdriver.errors import ConfigError
-from pytest_kdriver.vm_config import vm_config
+from pytest_kdriver.vm_config import VmSettings, vm_config
 
 
 def write(folder: Path, text: str, name: str = "kdriver.toml") -> Path:
@@ -156,6 +156,7 @@ def test_winevm_needs_no_config_and_takes_some(tmp_path: Path) -> None:
         ("disk = 'a'\nkernel_log = 'kd'", "kernel_log is 'kd'; allowed: wine-trace, none"),
         ("disk = 'a'\nkernel_log_port = 'virtio:../x'", "kernel_log_port is"),
         ("disk = 'a'\nagent_port = 'com5'", "agent_port is 'com5'; allowed: \"virtio:NAME\""),
+        (f"disk = 'a'\nagent_port = 'virtio:{'x' * 32}'", "at most 31 characters"),
         ("disk = 'a'\nagent = 'ssh'\nagent_port = 'com1'", "for ssh it is a TCP port"),
         ("disk = 'a'\nagent = 'serial'\nagent_port = 22", "agent_port is 22"),
         ("disk = 'a'\nagent = 'ssh'\nnetwork = 'lan'", "agent ssh needs network 'user'"),
@@ -171,6 +172,43 @@ def test_a_machine_that_can_t_be_is_told(tmp_path: Path, settings: str, told: st
     (tmp_path / "kdriver.toml").write_text(f"[targets.mine]\nkind = 'libvirt'\n{settings}")
     with pytest.raises(ConfigError, match=re.escape(told)):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "told"),
+    [
+        ({}, {"agent_port": 22}, "agent is 'serial', agent_port 22; allowed: \"virtio:NAME\""),
+        (
+            {"kernel_log": "wine-trace", "kernel_log_port": "com2"},
+            {"agent_port": "com2"},
+            "agent_port and kernel_log_port are both 'com2'; each needs its own",
+        ),
+        (
+            {"agent": "ssh"},
+            {"network": "lab"},
+            "agent is 'ssh', network 'lab'; agent ssh needs network 'user'",
+        ),
+        ({"agent": "ssh"}, {"nic": "none"}, "agent is 'ssh', nic 'none'"),
+    ],
+)
+def test_a_config_and_a_recipe_that_contradict_each_other_are_told(
+    recipe: VmSettings, settings: VmSettings, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"targets\.mine: {re.escape(told)}"):
+        vm_config(recipe, settings, where="targets.mine")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"agent": "ssh", "agent_port": 2222},
+        {"agent": "ssh", "kernel_log": "wine-trace", "kernel_log_port": "com1"},
+        {"agent_port": "virtio:kdriver.trace"},  # there is no log
+        {"agent_port": f"virtio:_{'x' * 30}", "network": "lab", "nic": "none"},
+    ],
+)
+def test_settings_that_contradict_nothing_are_taken(settings: VmSettings) -> None:
+    assert vm_config(settings).cpus == 1
 
 
 def test_a_target_s_name_can_t_escape(tmp_path: Path) -> None:

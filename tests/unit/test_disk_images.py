@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -90,6 +91,18 @@ def test_what_was_made_is_found_again(tmp_path: Path, write_recipe: Write, run: 
     phases: list[Phase] = []
     assert ensure(write_recipe(script), run, phases.append) == first
     assert phases == []
+
+
+def test_another_user_s_image_is_used_though_its_use_can_t_be_noted(
+    write_recipe: Write, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    script = '#!/bin/sh\necho content > "$1/disk.qcow2"\n'
+    image = ensure(write_recipe(script), run, quietly)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert ensure(write_recipe(script), run, quietly) == image
 
 
 def test_another_content_is_another_image(write_recipe: Write, run: Run) -> None:

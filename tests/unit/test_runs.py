@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,55 @@ def test_a_run_that_is_closed_leaves_nothing() -> None:
     run.close()
     run.close()
     assert list(runs_directory().iterdir()) == []
+
+
+def test_closing_removes_what_is_recorded_and_was_not_forgotten(tmp_path: Path) -> None:
+    run = Run()
+    for name in ("one", "two", "three"):
+        run.record("thing", tmp_path / name)
+    run.record("other", tmp_path / "two")
+    run.forget("thing", tmp_path / "two")
+    removed: list[Path] = []
+    run.close({"thing": removed.append})
+    assert removed == [tmp_path / "three", tmp_path / "one"]
+    assert list(runs_directory().iterdir()) == []
+
+
+def test_what_closing_can_t_remove_is_left_to_the_next_run(tmp_path: Path) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError("its libvirt is not there")
+
+    run = Run()
+    run.record("thing", tmp_path)
+    run.close({"thing": refuse})
+    removed: list[Path] = []
+    assert collect_garbage({"thing": removed.append}) == [run.path]
+    assert removed == [tmp_path]
+
+
+def test_the_record_goes_last(tmp_path: Path) -> None:
+    run = Run()
+    run.record("thing", tmp_path)
+    (run.path / "clone").mkdir()
+    (run.path / "clone").chmod(0o700)
+    with held(run.path / "clone"):
+        run.close()
+        assert (run.path / "resources").exists()
+    assert collect_garbage({}) == [run.path]
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Have ``rm`` fail at a folder, which root can do only to what is mounted."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs to mount something")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_dead_run_s_things_are_removed_the_last_made_first(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""tests/drivers, as a user runs them, in a virtual machine: by either agent, with either isolation."""
+"""tests/drivers, as a user runs them, in a virtual machine: by either agent, one with each isolation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("settings", "isolation"),
     [
-        pytest.param((), "module", id="serial, by module"),
         pytest.param(('agent = "ssh"',), "module", id="ssh, by module"),
         pytest.param((), "test", id="serial, by test"),
     ],

@@ -120,7 +120,7 @@ def _watch(command: list[str], owner: Owner | None, timeout: float) -> Trial:
         identity = {"user": owner.uid, "group": owner.gid, "extra_groups": _groups(owner)}
     try:
         process = subprocess.Popen(
-            command,
+            ["setpriv", "--pdeathsig", "KILL", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -130,9 +130,11 @@ def _watch(command: list[str], owner: Owner | None, timeout: float) -> Trial:
     except OSError as e:
         return Trial(passed=False, step="", said=str(e))
     with process:
-        steps, said = _read(process, time.monotonic() + timeout)
-        hung = process.poll() is None  # a KVM that gave up leaves QEMU paused for ever
-        process.kill()
+        try:
+            steps, said = _read(process, time.monotonic() + timeout)
+            hung = process.poll() is None  # a KVM that gave up leaves QEMU paused for ever
+        finally:
+            process.kill()
     last = steps.decode(errors="replace")[-1:]
     silence = f"no answer within {timeout:g} s" if hung else "it ended without a word"
     lines = said.decode(errors="replace").strip().splitlines() or [silence]

@@ -28,6 +28,9 @@ SOCKET_PATH_LIMIT: Final = 107
 """The longest path that a Unix socket can have, in bytes (``sun_path``, less its end)."""
 
 _CALL_TIMEOUT: Final = 30.0
+_INTERRUPT_PATIENCE: Final = 10.0
+"""Seconds that a call has to come to its end where the caller was interrupted, and is to undo what it did."""
+
 _QEMU_STAMP: Final = re.compile(r"\d{4}-\d\d-\d\dT[\d:.]+Z (?:\S*qemu\S*: )?")
 _REOPEN_TIMEOUT: Final = 10.0
 _REOPEN_INTERVAL: Final = 0.1
@@ -263,7 +266,8 @@ def call(
 ) -> Result:
     """Call libvirt, but not for longer than ``timeout`` seconds: it has no deadlines of its own.
 
-    Raises ``TargetError`` with libvirt's own sentence. What takes too long is left to itself.
+    Raises ``TargetError`` with libvirt's own sentence. What takes too long is left to itself. Where the
+    caller is interrupted the call may end first, so that what undoes it does not overtake it.
     """
     outcome: queue.SimpleQueue[tuple[Result | None, BaseException | None]] = queue.SimpleQueue()
 
@@ -274,11 +278,16 @@ def call(
             outcome.put((None, e))
 
     name = getattr(function, "__name__", "call")
-    threading.Thread(target=work, name=f"libvirt {name}", daemon=True).start()
+    thread = threading.Thread(target=work, name=f"libvirt {name}", daemon=True)
     try:
+        thread.start()
         result, error = outcome.get(timeout=timeout)
     except queue.Empty:
         raise TargetError(f"libvirt's {name} did not return within {timeout:g} s") from None
+    except BaseException:
+        if thread.is_alive():
+            thread.join(_INTERRUPT_PATIENCE)
+        raise
     if isinstance(error, libvirt.libvirtError):
         raise TargetError(said(error)) from error
     if error is not None:

@@ -36,8 +36,11 @@ _DROP: Final = (
     | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
 )
 
+INTERNAL_ERROR: Final = "paused by an internal error of the accelerator"
+"""Why a guest stopped that its accelerator can't run. What libvirt calls so can be anything."""
+
 _STATUS: Final = {  # QEMU's RunState: those in which a guest no longer runs, for good
-    "internal-error": "paused by an internal error of the accelerator",
+    "internal-error": INTERNAL_ERROR,
     "io-error": "paused, as its disk could not be written or read",
     "guest-panicked": "its kernel panicked",
     "shutdown": "shut down",

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 from pytest_kdriver.errors import ConfigError
 from pytest_kdriver.targets.libvirt.connection import SOCKET_PATH_LIMIT
+from pytest_kdriver.vm_config import PORT
 
 METADATA: Final = "urn:pytest-kdriver:run"
 """The namespace of the element that says whose a domain is."""
@@ -22,7 +23,6 @@ Panic = Literal["isa", "hyperv", "none"]
 
 _QEMU: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-_PORT: Final = re.compile(r"virtio:([A-Za-z0-9_][A-Za-z0-9_.-]{0,30})|com([1-4])")
 _SLOT: Final = 0x1E  # libvirt deals them out from the other end, and does not know of this one
 _XML: Final = re.compile(r"[\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]*")
 """What XML can say (XML 1.0, 2.2), without what a reader takes for a line's end."""
@@ -72,7 +72,7 @@ class DomainSpec:
                 f"{self.name!r} can't be a domain's name: letters, digits, '.', '_', '-'"
             )
         for port, path in self.ports:
-            if not _PORT.fullmatch(port):
+            if not PORT.fullmatch(port):
                 raise ConfigError(f"{port!r} is no port: virtio:NAME, or com1 to com4")
             if len(bytes(path)) > SOCKET_PATH_LIMIT:
                 raise ConfigError(f"{path} is too long for a socket ({SOCKET_PATH_LIMIT} bytes)")
@@ -221,7 +221,7 @@ def _add_disk(
 def _add_ports(devices: ET.Element, spec: DomainSpec) -> None:
     coms: dict[int, Path] = {}
     for port, path in spec.ports:
-        match = _PORT.fullmatch(port)
+        match = PORT.fullmatch(port)
         assert match is not None
         if match[2]:
             coms[int(match[2]) - 1] = path

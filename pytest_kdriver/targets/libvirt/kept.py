@@ -87,7 +87,7 @@ class KeptVm:
         return f"{self.domain} is {state}: kdriver vm stop {self.domain} removes it"
 
     def remove(self) -> None:
-        """End it, and remove all that was made for it."""
+        """End it, and remove all that was made for it. Raises OSError for what must stay."""
         remove_kept(self.folder, REMOVERS)
 
 

@@ -13,7 +13,6 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
@@ -33,7 +32,7 @@ from pytest_kdriver.targets.libvirt.accelerator import find_accelerator, remembe
 from pytest_kdriver.targets.libvirt.address import Address, SerialAddress, SshAddress
 from pytest_kdriver.targets.libvirt.base_disk import BaseDisk, make_overlay
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
-from pytest_kdriver.targets.libvirt.domain import Domain, SnapshotMethod
+from pytest_kdriver.targets.libvirt.domain import INTERNAL_ERROR, Domain, SnapshotMethod
 from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
 from pytest_kdriver.targets.libvirt.enlightenments import Enlightenments, find_enlightenments
 from pytest_kdriver.targets.libvirt.kept import KeptVm
@@ -78,7 +77,9 @@ class LibvirtMachine:
         self._pictures = artifacts or cache_directory() / "screenshots"
         image = config.vm.get("image")
         self._recipe = find_recipe(str(image)) if image is not None else None
-        self._config = vm_config(self._recipe.target if self._recipe is not None else {}, config.vm)
+        self._where = f"targets.{config.name}"
+        defaults = self._recipe.target if self._recipe is not None else {}
+        self._config = vm_config(defaults, config.vm, where=self._where)
         seen = _SEEN if self._config.kernel_log != "none" else frozenset[str]()
         self.capabilities = (_ALWAYS | seen) - config.without
         self._hypervisor: Hypervisor | None = None
@@ -115,7 +116,7 @@ class LibvirtMachine:
         hypervisor = self._connect()
         if self._recipe is not None:
             image = ensure(self._recipe, run, _tell)
-            self._config = vm_config(image.target, self._settings)
+            self._config = vm_config(image.target, self._settings, where=self._where)
             base, sha256 = image.disk, image.sha256
         else:
             assert self._config.disk is not None
@@ -137,10 +138,11 @@ class LibvirtMachine:
         try:
             return self._bring_up(vm, log)
         except BaseException as error:
-            told = self._last_words(vm) if isinstance(error, TargetError | TimeoutError) else ""
-            why, kvm_failed = vm.domain.stopped, vm.note_kvm_failure()
-            vm.end()
-            self._vm = None
+            try:
+                told = self._last_words(vm) if isinstance(error, TargetError | TimeoutError) else ""
+                why, kvm_failed = vm.domain.stopped, vm.note_kvm_failure()
+            finally:
+                self.end()
             if kvm_failed:
                 _say(f"target {self._target}: KVM can't run it, so TCG does, which is slow: {why}")
                 return None
@@ -149,40 +151,56 @@ class LibvirtMachine:
             raise
 
     def _make(self, hypervisor: Hypervisor, run: Run, number: str) -> _Vm:
-        """Make the domain and all that it takes, each recorded before."""
+        """Make the domain and all that it takes, each recorded before. Where this fails, nothing is left."""
         config = self._config
         assert self.base is not None
         need_room(run.path, config.memory << 20)
         hypervisor.require_access(self.base.path)
-        folder = run.path / f"vm-{number}"
-        folder.mkdir(mode=0o700)
-        hypervisor.let_through(run.path)
-        overlay = folder / "disk.qcow2"
-        make_overlay(self.base.path, overlay)
-        # The folder comes last: what its owner puts there must not be written to in our name.
-        hypervisor.give(overlay)
-        hypervisor.hand_over(folder)
-        hypervisor.require_access(overlay)
-        sockets = hypervisor.make_socket_folder(lambda path: run.record(SOCKETS, path))
-        name = f"kdriver-{self._target[:32]}-{run.path.name.rpartition('-')[2]}-{number}"
-        run.record(DOMAIN, domain_resource(config.uri, name))
-        ports = {}
+        with ExitStack() as undo:
+            folder = run.path / f"vm-{number}"
+            folder.mkdir(mode=0o700)
+            undo.callback(remove_quietly, folder)
+            hypervisor.let_through(run.path)
+            overlay = folder / "disk.qcow2"
+            make_overlay(self.base.path, overlay)
+            # The folder comes last: what its owner puts there must not be written to in our name.
+            hypervisor.give(overlay)
+            hypervisor.hand_over(folder)
+            hypervisor.require_access(overlay)
+
+            def announce(path: Path) -> None:
+                run.record(SOCKETS, path)
+                undo.callback(remove_sockets, run, path)
+
+            sockets = hypervisor.make_socket_folder(announce)
+            spec = self._specify(hypervisor, run, number, folder=folder, sockets=sockets)
+            run.record(DOMAIN, domain_resource(hypervisor.uri, spec.name))
+            vm = _Vm(hypervisor, spec, run, folder, sockets)
+            undo.pop_all()
+            return vm
+
+    def _specify(
+        self, hypervisor: Hypervisor, run: Run, number: str, *, folder: Path, sockets: Path
+    ) -> DomainSpec:
+        """Say what the domain is to be. Raises ``ConfigError`` for what can't be."""
+        config = self._config
+        ports = []
         if config.agent == "serial":
-            ports[str(config.agent_port)] = sockets / "agent"
+            ports.append((str(config.agent_port), sockets / "agent"))
         if config.kernel_log != "none":
-            ports[config.kernel_log_port] = sockets / "trace"
+            ports.append((config.kernel_log_port, sockets / "trace"))
         accelerator = find_accelerator(hypervisor.emulator, hypervisor.owner)
         enlightenments = Enlightenments()
         if config.enlightenments:
             enlightenments = find_enlightenments(hypervisor, accelerator.kind)
             self._tell_dropped(enlightenments.dropped)
-        spec = DomainSpec(
-            name=name,
+        return DomainSpec(
+            name=f"kdriver-{self._target[:32]}-{run.path.name.rpartition('-')[2]}-{number}",
             run=run.path.name,
             owner_pid=os.getpid(),
             accelerator=accelerator.kind,
             emulator=hypervisor.emulator,
-            disk=overlay,
+            disk=folder / "disk.qcow2",
             memory=config.memory,
             cpus=config.cpus,
             bus=config.bus,
@@ -196,12 +214,11 @@ class LibvirtMachine:
             nic=config.nic,
             network=config.network,
             forwards=(config.ssh_port,) if config.agent == "ssh" else (),
-            ports=tuple(ports.items()),
+            ports=tuple(ports),
             console=folder / "console.log",
             enlightenments=enlightenments.features,
             panic="hyperv" if config.enlightenments else "isa",
         )
-        return _Vm(hypervisor, spec, folder, sockets)
 
     def _tell_dropped(self, dropped: tuple[tuple[str, str], ...]) -> None:
         if dropped and not self._dropped:
@@ -223,9 +240,14 @@ class LibvirtMachine:
         return Guest(agent, feed)
 
     def _reach_agent(self, vm: _Vm, deadline: float) -> Agent:
-        """Have the agent's answer, or say at once why there won't be one."""
+        """Have the agent's answer, or say at once why there won't be one.
+
+        A handshake of SSH's takes what it takes: the attempt after one that was cut may take twice as long.
+        """
+        limit = ATTEMPT
         while True:
-            attempt = min(ATTEMPT, max(deadline - time.monotonic(), 0.1))
+            began = time.monotonic()
+            attempt = min(limit, max(deadline - began, 0.1))
             try:
                 return Agent.connect(self._address(vm).open(attempt), timeout=attempt)
             except (LinkError, TimeoutError) as error:
@@ -238,6 +260,8 @@ class LibvirtMachine:
                         f"the agent did not answer within {self._config.boot_timeout:g} s ({error}); "
                         "a guest that needs longer gets it by boot_timeout in its config"
                     ) from error
+                if self._config.agent == "ssh" and time.monotonic() - began >= attempt:
+                    limit *= 2
                 vm.stopped.wait(min(0.2, max(deadline - time.monotonic(), 0.0)))
 
     def _address(self, vm: _Vm) -> Address:
@@ -356,11 +380,11 @@ class LibvirtMachine:
         on_wine = vm.agent is not None and vm.agent.info.wine_version is not None
         return preflight(image, None, guest="wine" if on_wine else "windows")
 
-    def end(self, guest: Guest) -> None:  # noqa: ARG002
+    def end(self) -> None:
         """See ``Machine``."""
-        vm, self._vm = self._vm, None
-        if vm is not None:
-            vm.end()
+        if self._vm is not None:
+            self._vm.end()
+            self._vm = None
 
     def _running(self) -> _Vm:
         if self._vm is None:
@@ -388,10 +412,12 @@ class _Vm:
     """One domain, what was made for it, and our ends of its ports."""
 
     def __init__(
-        self, hypervisor: Hypervisor, spec: DomainSpec, folder: Path, sockets: Path
+        self, hypervisor: Hypervisor, spec: DomainSpec, run: Run, folder: Path, sockets: Path
     ) -> None:
         self.domain = Domain(hypervisor, spec, on_stop=self._on_stop)
         self._owner = hypervisor.owner
+        self._run = run
+        self._resource = domain_resource(hypervisor.uri, spec.name)
         self.folder = folder
         self.sockets = sockets
         self.agent: Agent | None = None
@@ -406,11 +432,14 @@ class _Vm:
         return agent_s or (self.pump is not None and not self.pump.alive)
 
     def note_kvm_failure(self) -> bool:
-        """Whether it stopped since KVM can't run it; then that is remembered for this host."""
-        reason = self.domain.stopped
-        if self.domain.spec.accelerator != "kvm" or "internal error" not in (reason or ""):
+        """Whether it stopped since KVM can't run it, and that is remembered for this host."""
+        spec = self.domain.spec
+        if spec.accelerator != "kvm" or self.domain.stopped != INTERNAL_ERROR:
             return False
-        remember_failure(self.domain.spec.emulator, str(reason), self._owner)
+        try:
+            remember_failure(spec.emulator, INTERNAL_ERROR, self._owner)
+        except OSError:  # a full disk, say: KVM would be tried again
+            return False
         return True
 
     def _on_stop(self, _reason: str) -> None:
@@ -432,12 +461,20 @@ class _Vm:
         """End it, and remove what was made for it. Never raises for what is gone already."""
         with ExitStack() as last_to_first:
             last_to_first.callback(remove_quietly, self.folder)
-            last_to_first.callback(remove_quietly, self.sockets)
-            for step in (self.domain.undefine, self.domain.destroy):
-                last_to_first.callback(_quietly, step)
+            last_to_first.callback(remove_sockets, self._run, self.sockets)
+            last_to_first.callback(self._end_domain)
             for end in (self.pump, self.agent):
                 if end is not None:
                     last_to_first.callback(end.close)
+
+    def _end_domain(self) -> None:
+        """End it, and have libvirt forget it; the run knows of it until both were done."""
+        with suppress(TargetError):
+            try:
+                self.domain.destroy()
+            finally:
+                self.domain.undefine()
+            self._run.forget(DOMAIN, self._resource)
 
 
 def _tell(phase: Phase) -> None:
@@ -470,9 +507,11 @@ def set_clock(agent: Agent) -> None:
     agent.set_clock(time.time())
 
 
-def _quietly(step: Callable[[], None]) -> None:
-    with suppress(TargetError):
-        step()
+def remove_sockets(run: Run, folder: Path) -> None:
+    """Remove a folder of sockets; what stays goes with the run, or with the next."""
+    with suppress(OSError):
+        remove_tree(folder)
+        run.forget(SOCKETS, folder)
 
 
 def remove_quietly(folder: Path) -> None:
