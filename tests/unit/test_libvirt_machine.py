@@ -1,0 +1,475 @@
+"""A virtual machine's life where libvirt is a fake, made by hand: what fails, is interrupted, or stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import libvirt
+import libvirt_qemu
+import pytest
+
+from pytest_kdriver.cli import main
+from pytest_kdriver.config import TargetConfig
+from pytest_kdriver.errors import ConfigError, TargetError
+from pytest_kdriver.guest.links.link import Link
+from pytest_kdriver.image.preflight import Report
+from pytest_kdriver.kernel.log import KernelLog
+from pytest_kdriver.targets.leftovers import DOMAIN, REMOVERS
+from pytest_kdriver.targets.libvirt import machine as machine_module
+from pytest_kdriver.targets.libvirt.accelerator import find_accelerator
+from pytest_kdriver.targets.libvirt.address import SerialAddress
+from pytest_kdriver.targets.libvirt.connection import Hypervisor, Owner, call
+from pytest_kdriver.targets.libvirt.domain import INTERNAL_ERROR
+from pytest_kdriver.targets.libvirt.kept import KeptVm
+from pytest_kdriver.targets.libvirt.leftovers import domain_resource, remove_domain
+from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
+from pytest_kdriver.targets.machine import Guest
+from pytest_kdriver.targets.machine_target import MachineTarget
+from pytest_kdriver.targets.runs import Run, collect_garbage, runs_directory
+from tests.unit.far_ends import PATIENCE
+
+needs_qemu_img = pytest.mark.skipif(
+    shutil.which("qemu-img") is None, reason="needs qemu-img (Debian: qemu-utils)"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where sockets lie; a short path."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield Path(folder)
+
+
+def error(code: int, message: str) -> libvirt.libvirtError:
+    made = libvirt.libvirtError(message)
+    made.err = (code, libvirt.VIR_FROM_QEMU, message, 2, None, None, None, 0, 0)
+    return made
+
+
+class FakeDomain:
+    """What libvirt has under a name. What is in ``refuses`` is raised instead of doing it."""
+
+    def __init__(self, libvirt: FakeLibvirt, name: str) -> None:
+        self._libvirt = libvirt
+        self._name = name
+
+    def create(self) -> None:
+        self._libvirt.do(f"create {self._name}", "create")
+
+    def destroy(self) -> None:
+        self._libvirt.do(f"destroy {self._name}", "destroy")
+
+    def undefineFlags(self, flags: int) -> None:
+        self._libvirt.do(f"undefine {self._name}", "undefine")
+        del self._libvirt.domains[self._name]
+
+
+class FakeLibvirt:
+    """A connection to a libvirt that only notes what it is to do."""
+
+    def __init__(self, refuses: dict[str, BaseException]) -> None:
+        self.domains: dict[str, FakeDomain] = {}
+        self.done: list[str] = []
+        self._refuses = refuses
+
+    def do(self, what: str, kind: str) -> None:
+        if kind in self._refuses:
+            raise self._refuses[kind]
+        self.done.append(what)
+
+    def defineXMLFlags(self, xml: str, flags: int) -> None:
+        name = xml.partition("<name>")[2].partition("</name>")[0]
+        self.do(f"define {name}", "define")
+        self.domains[name] = FakeDomain(self, name)
+
+    def lookupByName(self, name: str) -> FakeDomain:
+        if name not in self.domains:
+            raise error(libvirt.VIR_ERR_NO_DOMAIN, f"no domain {name}")
+        return self.domains[name]
+
+    def domainEventRegisterAny(self, *_: object) -> int:
+        return 1
+
+    def domainEventDeregisterAny(self, number: int) -> None:
+        pass
+
+    def newStream(self) -> object:
+        self.do("look", "look")
+        raise error(libvirt.VIR_ERR_NO_SUPPORT, "it has no screen")
+
+
+class FakeHypervisor(Hypervisor):
+    """A ``Hypervisor`` whose libvirt is a fake. The rest is the real one's."""
+
+    def __init__(self, uri: str, emulator: Path, refuses: dict[str, BaseException]) -> None:
+        self.uri = uri
+        self.emulator = emulator
+        self.owner = Owner(os.geteuid(), os.getegid())
+        self.libvirt = FakeLibvirt(refuses)
+        self._lock = threading.RLock()
+        self._watchers = []
+
+    @property
+    def connection(self) -> Any:
+        return self.libvirt
+
+
+class Listener:
+    """Somebody at a Unix socket who hangs up at once, and counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.heard = 0
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(str(path))
+        self._server.listen()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._server.accept()
+                self.heard += 1
+                connection.close()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE)
+        self._server.close()
+        self.path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def listener(runtime: Path) -> Iterator[Listener]:
+    listener = Listener(runtime / "libvirt")
+    yield listener
+    listener.close()
+
+
+Make = Callable[..., tuple[LibvirtMachine, FakeHypervisor]]
+
+
+@pytest.fixture
+def make(tmp_path: Path, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes a machine whose libvirt is a fake; QEMU has ``status`` once it was started."""
+    emulator = tmp_path / "qemu-system-x86_64"
+    emulator.write_text("#!/bin/sh\nprintf rlcix\nexit 85\n")  # a sound KVM, in a trial
+    emulator.chmod(0o755)
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+
+    def make(
+        status: str = "running", refuses: dict[str, BaseException] | None = None, **vm: object
+    ) -> tuple[LibvirtMachine, FakeHypervisor]:
+        reply = json.dumps({"return": {"status": status}})
+        monkeypatch.setattr(libvirt_qemu, "qemuMonitorEventRegister", lambda *_: 1)
+        monkeypatch.setattr(libvirt_qemu, "qemuMonitorEventDeregister", lambda *_: None)
+        monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommand", lambda *_: reply)
+        settings = {"disk": disk, "memory": 64, "boot_timeout": 0.2, **vm}
+        config = TargetConfig(name="mine", kind="libvirt", vm=settings)
+        machine = LibvirtMachine(config, artifacts=tmp_path / "pictures")
+        uri = f"qemu:///session?socket={runtime / 'libvirt'}"
+        hypervisor = FakeHypervisor(uri, emulator, refuses or {})
+        machine._hypervisor = hypervisor
+        return machine, hypervisor
+
+    return make
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    run = Run()
+    yield run
+    run.close()
+
+
+NO_MEMORY = error(
+    libvirt.VIR_ERR_INTERNAL_ERROR,
+    "internal error: process exited while connecting to monitor: cannot set up guest memory",
+)
+
+
+@needs_qemu_img
+class TestAGuestThatDoesNotComeUp:
+    def test_since_qemu_does_not_start_is_no_failure_of_kvm(self, make: Make, run: Run) -> None:
+        machine, hypervisor = make(refuses={"create": NO_MEMORY})
+        with pytest.raises(TargetError, match="QEMU does not start: internal error: process"):
+            machine.boot(run, KernelLog(), 1)
+        assert find_accelerator(hypervisor.emulator, hypervisor.owner).kind == "kvm"
+        assert hypervisor.libvirt.domains == {}
+
+    def test_since_its_accelerator_gave_up_is_one(self, make: Make, run: Run) -> None:
+        machine, hypervisor = make(status="internal-error")
+        with pytest.raises(TargetError, match="the guest stopped while it booted"):
+            machine.boot(run, KernelLog(), 1)
+        found = find_accelerator(hypervisor.emulator, hypervisor.owner)
+        assert (found.kind, found.reason) == (
+            "tcg",
+            f"KVM failed a guest on this host: {INTERNAL_ERROR}",
+        )
+
+    def test_is_told_also_where_the_failure_of_kvm_can_t_be_noted(
+        self, make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def disk_is_full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(machine_module, "remember_failure", disk_is_full)
+        machine, hypervisor = make(status="internal-error")
+        with pytest.raises(TargetError, match="the guest stopped while it booted"):
+            machine.boot(run, KernelLog(), 1)
+        assert hypervisor.libvirt.domains == {}
+
+    def test_is_ended_though_its_last_words_were_interrupted(
+        self, make: Make, run: Run, runtime: Path
+    ) -> None:
+        machine, hypervisor = make(refuses={"look": KeyboardInterrupt()})
+        with pytest.raises(KeyboardInterrupt):
+            machine.boot(run, KernelLog(), 1)
+        assert [what.split()[0] for what in hypervisor.libvirt.done] == [
+            *("define", "create"),
+            *("destroy", "undefine"),
+        ]
+        assert list(runtime.iterdir()) == []
+        assert not list(run.path.glob("vm-*"))
+
+
+@needs_qemu_img
+def test_a_machine_that_can_t_be_made_leaves_nothing(make: Make, run: Run, runtime: Path) -> None:
+    machine, _ = make(cmdline="\1")
+    with pytest.raises(ConfigError, match="has characters that libvirt can't be told"):
+        machine.boot(run, KernelLog(), 1)
+    assert list(runtime.iterdir()) == []
+    assert not list(run.path.glob("vm-*"))
+
+
+@needs_qemu_img
+class TestTheEndOfARun:
+    def test_asks_no_libvirt_for_a_domain_that_was_ended(
+        self, make: Make, listener: Listener
+    ) -> None:
+        machine, _ = make()
+        target = MachineTarget("mine", machine)
+        with pytest.raises(TargetError):
+            target.start()
+        target.close()
+        assert list(runs_directory().iterdir()) == []
+        assert listener.heard == 0
+
+    def test_keeps_the_record_of_a_domain_that_stays(
+        self, make: Make, listener: Listener, runtime: Path
+    ) -> None:
+        busy = error(libvirt.VIR_ERR_SYSTEM_ERROR, "Failed to terminate process: it is busy")
+        machine, _ = make(refuses={"destroy": busy})
+        target = MachineTarget("mine", machine)
+        with pytest.raises(TargetError):
+            target.start()
+        target.close()
+        (folder,) = runs_directory().iterdir()
+        assert DOMAIN in (folder / "resources").read_text()
+        assert listener.heard > 0
+        listener.close()
+        assert collect_garbage(REMOVERS) == [folder]
+        assert not folder.exists()
+
+
+class FakeMachine:
+    """A machine that is interrupted when its guest is up, before anybody else knows of that."""
+
+    capabilities = frozenset[str]()
+
+    def __init__(self) -> None:
+        self.ends = 0
+
+    def describe(self) -> str:
+        return "a fake"
+
+    def boot(self, run: Run, log: KernelLog, generation: int) -> Guest:
+        raise KeyboardInterrupt
+
+    def save(self, guest: Guest) -> Guest:
+        return guest
+
+    def revert(self, guest: Guest, log: KernelLog) -> Guest | None:
+        return None
+
+    def failure(self) -> str | None:
+        return None
+
+    def keep(self, guest: Guest) -> str | None:
+        return None
+
+    def check(self, guest: Guest) -> None:
+        pass
+
+    def catch_up(self, guest: Guest) -> bool:
+        return True
+
+    def preflight(self, image: Path) -> Report:
+        raise NotImplementedError
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+def test_a_guest_that_the_target_was_not_given_yet_is_ended() -> None:
+    machine = FakeMachine()
+    target = MachineTarget("mine", machine)
+    with pytest.raises(KeyboardInterrupt):
+        target.start()
+    assert machine.ends == 1
+    target.close()
+
+
+class TestRemovingADomain:
+    def test_whose_libvirt_is_gone_ends_its_qemu(self, tmp_path: Path) -> None:
+        qemu = _fake_qemu(tmp_path, "kdriver-mine-1")
+        with qemu:
+            remove_domain(_resource(tmp_path / "absent"))
+            assert qemu.wait(PATIENCE) == -signal.SIGKILL
+
+    def test_whose_libvirt_left_its_socket_ends_its_qemu(self, runtime: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(runtime / "stale"))
+        with _fake_qemu(runtime, "kdriver-mine-1") as qemu:
+            remove_domain(_resource(runtime / "stale"))
+            assert qemu.wait(PATIENCE) == -signal.SIGKILL
+
+    def test_whose_libvirt_is_there_and_does_not_answer_leaves_it(
+        self, runtime: Path, listener: Listener
+    ) -> None:
+        with _fake_qemu(runtime, "kdriver-mine-1") as qemu:
+            with pytest.raises(OSError, match="can't be reached"):
+                remove_domain(_resource(listener.path))
+            assert qemu.poll() is None
+            qemu.kill()
+
+
+def _resource(path: Path) -> Path:
+    return domain_resource(f"qemu:///session?socket={path}", "kdriver-mine-1")
+
+
+def _fake_qemu(folder: Path, name: str) -> subprocess.Popen[bytes]:
+    """A process that looks as the QEMU of a domain does."""
+    program = "import time; print(flush=True); time.sleep(600)"
+    process = subprocess.Popen(
+        ["qemu-system-x86_64", "-c", program, "-name", f"guest={name},debug-threads=on"],
+        executable=sys.executable,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def test_an_interrupt_does_not_overtake_a_call() -> None:
+    finished = threading.Event()
+
+    def define() -> None:
+        main_thread = threading.main_thread().ident
+        assert main_thread is not None
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        threading.Event().wait(0.3)
+        finished.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        call(define)
+    assert finished.is_set()
+
+
+class Reached(Exception):
+    pass
+
+
+class SlowServer(SerialAddress):
+    """An SSH server whose handshake takes ``SECONDS``."""
+
+    SECONDS = 0.3
+
+    def open(self, timeout: float) -> Link:
+        threading.Event().wait(min(timeout, self.SECONDS))
+        if timeout < self.SECONDS:
+            raise TimeoutError("the handshake was not over")
+        raise Reached
+
+
+class SlowMachine(LibvirtMachine):
+    def _address(self, vm: object) -> SlowServer:
+        return SlowServer(path="")
+
+
+class BootingVm:
+    """What is waited for while a guest boots."""
+
+    def __init__(self) -> None:
+        self.domain = self
+        self.stopped: str | None = None
+
+
+def test_a_handshake_of_ssh_s_may_take_longer_than_an_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_module, "ATTEMPT", 0.05)
+    settings = {"disk": tmp_path / "disk", "agent": "ssh"}
+    machine = SlowMachine(TargetConfig(name="mine", kind="libvirt", vm=settings))
+    vm: Any = BootingVm()
+    vm.domain, vm.stopped = BootingVm(), threading.Event()
+    with pytest.raises(Reached):
+        machine._reach_agent(vm, time.monotonic() + PATIENCE)
+
+
+@pytest.fixture
+def kept(run: Run) -> KeptVm:
+    """A machine that was kept, and whose lock ``run`` still holds, as who removes it would."""
+    kept = KeptVm(
+        folder=run.path,
+        target="mine",
+        domain="kdriver-mine-1",
+        uri="qemu:///session",
+        console="",
+        address=SerialAddress(path=""),
+    )
+    kept.write()
+    (run.path / "kept").touch()
+    return kept
+
+
+def test_a_machine_that_another_kdriver_has_is_not_said_to_be_gone(
+    kept: KeptVm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["vm", "stop", "mine"]) == 1
+    told = capfd.readouterr().err
+    assert f"{kept.domain} stays" in told
+    assert "is in use by another kdriver" in told
+    assert kept.folder.exists()
+
+
+def test_a_machine_that_another_kdriver_only_looks_at_is_stopped(kept: KeptVm, run: Run) -> None:
+    letting_go = threading.Timer(0.2, run.keep)
+    letting_go.start()
+    assert main(["vm", "stop", "mine"]) == 0
+    letting_go.join()
+    assert not kept.folder.exists()
