@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import stat
 import subprocess
@@ -174,7 +175,8 @@ def test_an_emulator_ends_with_who_tries_it(tmp_path: Path) -> None:
         "from pytest_kdriver.targets.libvirt.accelerator import run_trial\n"
         "run_trial(Path(sys.argv[1]), 'kvm', timeout=600)"
     )
-    with subprocess.Popen([sys.executable, "-c", program, emulator]) as process:
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # where it leaves the firmware
+    with subprocess.Popen([sys.executable, "-c", program, emulator], env=environment) as process:
         pid = int(until(lambda: _read(tmp_path / "pid")))
         process.kill()
     until(lambda: _is_gone(pid))
