@@ -95,7 +95,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     session = _session(config)
     with _usage_errors():
         names = list(dict.fromkeys(_chosen(config)))
-    targets = [f"{name} ({session.describe(name)})" for name in names]
+        targets = [f"{name} ({session.describe(name)})" for name in names]
     return (
         f"kdriver: {', '.join(targets)}; isolation {config.option.kdriver_isolation or 'default'}"
     )

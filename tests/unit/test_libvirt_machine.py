@@ -473,3 +473,15 @@ def test_a_machine_that_another_kdriver_only_looks_at_is_stopped(kept: KeptVm, r
     assert main(["vm", "stop", "mine"]) == 0
     letting_go.join()
     assert not kept.folder.exists()
+
+
+def test_a_config_that_contradicts_itself_ends_the_run_with_a_sentence(
+    pytester: pytest.Pytester,
+) -> None:
+    pytester.makefile(
+        ".toml", kdriver="[targets.mine]\nkind = 'libvirt'\ndisk = 'a'\nagent_port = 22"
+    )
+    pytester.makepyfile("def test(kdriver): pass")
+    result = pytester.runpytest_subprocess("--kdriver-vm", "mine", timeout=120)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: targets.mine: agent is 'serial', agent_port 22; *"])
