@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -48,11 +49,15 @@ class Program:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / "lock"):
             if not executable.exists():
-                built = self.build(toolchain, cache / "target")
-                executable.parent.mkdir(exist_ok=True)
-                unfinished = executable.with_suffix(".new")
-                shutil.copy(built, unfinished)
-                unfinished.replace(executable)
+                for left in cache.glob("building-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                # In a folder of its own: cargo goes by times, and another checkout's may be older.
+                with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as folder:
+                    built = self.build(toolchain, Path(folder))
+                    executable.parent.mkdir(exist_ok=True)
+                    unfinished = executable.with_suffix(".new")
+                    shutil.copy(built, unfinished)
+                    unfinished.replace(executable)
         return executable
 
     def build(self, toolchain: Toolchain, target_directory: Path) -> Path:
