@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from pytest_kdriver.errors import ImageError
+from pytest_kdriver.image.authenticode import NotSigned, SignatureError, read_signature
 from pytest_kdriver.image.exports import Availability, KernelExports, KernelModule
 from pytest_kdriver.image.pe import (
     PAGE,
-    Directory,
     FileFlag,
     Image,
     Import,
@@ -353,18 +353,18 @@ class _Check:
     def _signature(self) -> Iterator[Finding]:
         if self.guest != "windows":
             return
-        offset, size = self.image.directory(
-            Directory.SECURITY
-        )  # an offset in the file, not an address
-        if not size:
-            yield self._warning(
-                "signature",
-                "it is not signed, so Windows loads it with a debugger attached only: sign it (osslsigncode "
-                "sign, signtool sign), with a certificate of your own where test-signing is on",
+        try:
+            read_signature(self.image)
+        except NotSigned as error:
+            yield Finding(
+                Severity.ERROR,
+                "unsigned",
+                f"{error}, unless a debugger is attached. kdriver sign makes a signed copy, for a Windows "
+                "with test-signing on; targets with such a Windows sign by themselves",
             )
-        elif offset + size > len(self.image.data):
-            yield self._error(
-                "signature", "its signature goes on behind the file's end: copy or sign it again"
+        except SignatureError as error:
+            yield Finding(
+                Severity.ERROR, "signature", f"{error}; sign it again, by kdriver sign, say"
             )
 
 

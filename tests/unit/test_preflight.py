@@ -12,6 +12,7 @@ import pytest
 
 from pytest_kdriver.image.exports import Availability, KernelExports
 from pytest_kdriver.image.preflight import Finding, Guest, Report, Severity, preflight
+from pytest_kdriver.ntstatus import NTSTATUS
 from tests.pe_builder import (
     DATA,
     DIRECTORIES,
@@ -25,6 +26,7 @@ from tests.pe_builder import (
     build_module,
     patched,
 )
+from tests.signature_builder import FIELD, digest_of, pkcs7, with_signature
 
 CHECKSUM = OPTIONAL_HEADER + 64
 DLL = 0x2022
@@ -69,11 +71,9 @@ def check(tmp_path: Path, kernel: KernelExports) -> Check:
 
 
 def signed(image: bytes) -> bytes:
-    """The image as far as signing goes here: with a signature behind it, and a checksum."""
-    with_signature = patched(image, DIRECTORIES + 32, "<II", len(image), 8) + b"\x08" * 8
-    return patched(
-        with_signature, CHECKSUM, "<I", pefile.PE(data=with_signature).generate_checksum()
-    )
+    """The image as far as signing goes here: with a signature that has its digest, and a checksum."""
+    image = with_signature(image)
+    return patched(image, CHECKSUM, "<I", pefile.PE(data=image).generate_checksum())
 
 
 def only(report: Report) -> Finding:
@@ -338,13 +338,12 @@ class TestChecksum:
     def test_is_what_pefile_computes(self, check: Check, more: bytes) -> None:
         image = build(imports={"ntoskrnl.exe": ["DbgPrint"]}) + more
         image = patched(image, CHECKSUM, "<I", pefile.PE(data=image).generate_checksum())
-        assert [finding.code for finding in check(image, "windows").findings] == ["signature"]
+        assert [finding.code for finding in check(image, "windows").findings] == ["unsigned"]
 
     def test_that_is_wrong_is_refused_by_windows(self, check: Check) -> None:
-        image = bytearray(signed(build()))
-        image[OPTIONAL_HEADER + 44] ^= 1
-        assert codes(check(bytes(image))) == [("warning", "checksum")]
-        finding = only(check(bytes(image), "windows"))
+        image = patched(signed(build()), CHECKSUM, "<I", 0x1234)
+        assert codes(check(image)) == [("warning", "checksum")]
+        finding = only(check(image, "windows"))
         assert finding.severity is Severity.ERROR
         assert "STATUS_IMAGE_CHECKSUM_MISMATCH" in finding.message
 
@@ -352,14 +351,91 @@ class TestChecksum:
         assert codes(check(build())) == []
         assert codes(check(build(), "windows")) == [
             ("warning", "checksum"),
-            ("warning", "signature"),
+            ("error", "unsigned"),
         ]
 
 
-def test_a_signature_is_wanted_by_windows(check: Check) -> None:
-    assert "it is not signed" in str(check(build(), "windows"))
-    cut = signed(build())[:-1]
-    assert ("error", "signature") in codes(check(cut, "windows"))
+class TestSignature:
+    def test_is_wanted_by_windows_alone(self, check: Check) -> None:
+        (_, finding) = check(build(), "windows").findings
+        assert (finding.severity, finding.code) == (Severity.ERROR, "unsigned")
+        for word in (
+            "x.sys: it is not signed: Windows refuses it",
+            f"{NTSTATUS(0xC0000428).name}, 0xC0000428",
+            "577, ERROR_INVALID_IMAGE_HASH",
+            "kdriver sign",
+        ):
+            assert word in finding.message
+        assert codes(check(build())) == []
+
+    @pytest.mark.parametrize("more", range(9))
+    def test_is_of_a_file_of_any_length(self, check: Check, more: int) -> None:
+        assert codes(check(signed(build() + b"x" * more), "windows")) == []
+
+    def test_of_other_bytes_is_an_error_on_windows_alone(self, check: Check) -> None:
+        image = signed(build())
+        for at in (0x40, OPTIONAL_HEADER + 44, SECTIONS - 1, 0x210):
+            changed = patched(image, at, "<B", image[at] ^ 1)
+            changed = patched(changed, CHECKSUM, "<I", pefile.PE(data=changed).generate_checksum())
+            finding = only(check(changed, "windows"))
+            assert (finding.severity, finding.code) == (Severity.ERROR, "signature")
+            assert "it was changed after it was signed. Windows refuses it" in finding.message
+            assert codes(check(changed)) == []
+
+    def test_covers_what_is_behind_it(self, check: Check) -> None:
+        image = patched(signed(build()) + b"behind..", CHECKSUM, "<I", 0)
+        assert ("error", "signature") in codes(check(image, "windows"))
+
+    @pytest.mark.parametrize(
+        ("offset", "size", "told"),
+        [
+            (0x10000, 8, "goes on behind the file's end"),
+            (0xFFFFFFFF, 0xFFFFFFFF, "goes on behind the file's end"),
+            (0x100, 8, "lies in its headers"),
+            (0x400, 4, "its table has none"),
+            (0x400, 8, "an entry of its table has 0 bytes"),
+        ],
+    )
+    def test_in_a_place_that_can_t_be_is_an_error(
+        self, check: Check, offset: int, size: int, told: str
+    ) -> None:
+        report = check(patched(build() + bytes(64), FIELD, "<II", offset, size), "windows")
+        assert ("error", "signature") in codes(report)
+        assert told in str(report)
+
+    @pytest.mark.parametrize(
+        ("signature", "told"),
+        [
+            (b"", "no element 0x30 where one is due"),
+            (b"\x30", "an element without a length"),
+            (b"\x30\x80\x00\x00", "an element without a length"),
+            (b"\x30\x85\x01\x00\x00\x00\x00", "an element without a length"),
+            (b"\x30\x84\xff\xff\xff\xff", "an element that does not fit in"),
+            (b"\x30\x81\x01\x00", "a length in too many bytes"),
+            (pkcs7(bytes(32)) + b"more than is due", "something is behind it"),
+            (pkcs7(bytes(32)).replace(b"\x02\x01\x01", b"\x02\x01\x02", 1), "its version is not 1"),
+            (
+                pkcs7(bytes(32)).replace(b"\x37\x02\x01\x04", b"\x37\x02\x01\x05"),
+                "is not Authenticode's",
+            ),
+            (pkcs7(b""), "it was changed after it was signed"),
+        ],
+    )
+    def test_that_is_none_is_an_error(self, check: Check, signature: bytes, told: str) -> None:
+        report = check(with_signature(build(), signature), "windows")
+        assert ("error", "signature") in codes(report)
+        assert told in str(report)
+
+    def test_of_which_the_signer_signed_something_else_is_an_error(self, check: Check) -> None:
+        digest = digest_of(build())
+        forged = pkcs7(bytes(32)).replace(bytes(32), digest, 1)
+        assert "its content is not what was signed" in str(
+            check(with_signature(build(), forged), "windows")
+        )
+
+    def test_has_no_place_in_headers_that_end_before(self, check: Check) -> None:
+        report = check(patched(build(), OPTIONAL_HEADER + 108, "<I", 4), "windows")
+        assert ("error", "unsigned") in codes(report)
 
 
 class TestKernelExports:

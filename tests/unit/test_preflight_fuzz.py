@@ -27,6 +27,7 @@ from tests.pe_builder import (
     build_module,
     patched,
 )
+from tests.signature_builder import FIELD, element, pkcs7, with_signature
 
 LIMIT = 2.0
 """Seconds of the processor's for one file; a good one takes a thousandth of that."""
@@ -46,6 +47,9 @@ IMAGE = patched(
     3 * PAGE,
     64,
 )
+SIGNED = with_signature(IMAGE)
+SIGNATURE = len(IMAGE)
+"""Where it begins in the file."""
 MODULE = build_module("odd.sys", {"Odd": "", "Stub": None, "Elsewhere": "ntoskrnl.DbgPrint"})
 
 Hostile = Callable[[bytes], Report | None]
@@ -141,6 +145,51 @@ class TestImage:
     def test_with_a_header_s_field_at_its_limits(self, hostile: Hostile, field: int) -> None:
         for value in (0, 1, 0x7FFF, 0x8000, 0xFFFF):
             hostile(patched(IMAGE, 0x80 + field, "<H", value))
+
+
+class TestSignature:
+    @examples
+    @given(changes=mutations)
+    def test_with_other_bytes(self, hostile: Hostile, changes: list[tuple[int, str, int]]) -> None:
+        hostile(SIGNED[:SIGNATURE] + mutated(SIGNED[SIGNATURE:], changes))
+
+    @settings(examples, max_examples=300)
+    @given(data=st.binary(max_size=512))
+    def test_of_any_bytes(self, hostile: Hostile, data: bytes) -> None:
+        hostile(with_signature(IMAGE, data))
+        hostile(patched(IMAGE, FIELD, "<II", SIGNATURE, len(data)) + data)
+
+    def test_cut_anywhere(self, hostile: Hostile) -> None:
+        for size in range(SIGNATURE, len(SIGNED)):
+            hostile(SIGNED[:size])
+            hostile(patched(SIGNED[:size], FIELD, "<II", SIGNATURE, size - SIGNATURE))
+
+    @pytest.mark.parametrize("which", range(2))
+    def test_in_a_place_at_its_limits(self, hostile: Hostile, which: int) -> None:
+        ends = (SIGNATURE, len(SIGNED), 1 << 31, 1 << 32)
+        for value in (0, 1, 7, 8, FIELD, *(end + d for end in ends for d in (-8, -1, 0, 1))):
+            hostile(patched(SIGNED, FIELD + 4 * which, "<I", value & 0xFFFFFFFF))
+
+    def test_that_is_the_whole_image(self, hostile: Hostile) -> None:
+        hostile(patched(IMAGE, FIELD, "<II", 0, len(IMAGE)))
+
+    @pytest.mark.parametrize(
+        "signature",
+        [
+            pytest.param(b"\x30\x00" * (2 << 20), id="many elements"),
+            pytest.param(b"\x30\x83\x40\x00\x00" * (1 << 20), id="many elements in one another"),
+            pytest.param(
+                pkcs7(bytes(32)).replace(element(0xA0, element(0x30)), b"\xa0\x02\x30\x00" * 9, 1),
+                id="certificates that are too many",
+            ),
+        ],
+    )
+    def test_that_is_large(self, hostile: Hostile, signature: bytes) -> None:
+        hostile(with_signature(IMAGE, signature))
+
+    def test_in_a_table_of_many_entries(self, hostile: Hostile) -> None:
+        table = struct.pack("<IHH", 8, 0x0200, 1) * (1 << 20)
+        hostile(patched(IMAGE, FIELD, "<II", SIGNATURE, len(table)) + table)
 
 
 class TestPathological:

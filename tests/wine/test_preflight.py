@@ -276,7 +276,7 @@ class TestMingw:
     ) -> None:
         image = compile_(DRIVER, *self.NATIVE, *options, "-lntoskrnl")
         assert preflight(image, kernel).findings == ()
-        assert [f.code for f in preflight(image, None, guest="windows").findings] == ["signature"]
+        assert [f.code for f in preflight(image, None, guest="windows").findings] == ["unsigned"]
         assert load(target, image) == NTSTATUS.STATUS_SUCCESS
 
     def test_drags_its_c_runtime_in(
@@ -345,11 +345,11 @@ class TestCommand:
         assert stub.startswith(f"warning: mine.sys: it imports {STUB}, which ntoskrnl.exe of Wine ")
         done = check("--windows", "mine.sys")
         assert (done.returncode, done.stderr) == (
-            0,
-            "kdriver: mine.sys for Windows: 0 errors, 2 warnings\n",
+            1,
+            "kdriver: mine.sys for Windows: 1 error, 1 warning\n",
         )
         assert "[checksum]" in done.stdout
-        assert "[signature]" in done.stdout
+        assert "[unsigned]" in done.stdout
 
     def test_of_what_would_not_load_exits_with_1(
         self, check: Command, project: pytest.Pytester
