@@ -1,4 +1,4 @@
-"""Where this package keeps what it can make again."""
+"""Where this package keeps what it can make again, and what it can't."""
 
 from __future__ import annotations
 
@@ -16,3 +16,12 @@ def cache_directory() -> Path:
     # The XDG Base Directory Specification: a relative path is to be ignored.
     xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "kdriver"
+
+
+def state_directory() -> Path:
+    """The folder of what is the user's own and can't be made again; it need not exist yet.
+
+    ``pytest-kdriver`` in ``$XDG_STATE_HOME``, else in ``~/.local/state``.
+    """
+    xdg = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".local" / "state") / "pytest-kdriver"

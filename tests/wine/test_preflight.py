@@ -296,7 +296,7 @@ class TestMingw:
         image = compile_(DRIVER, *self.NATIVE, *fixed, "-lntoskrnl")
         assert [finding.code for finding in preflight(image, kernel).warnings] == ["relocations"]
         report: Report = preflight(image, None, guest="windows")
-        assert [finding.code for finding in report.errors] == ["relocations"]
+        assert [finding.code for finding in report.errors] == ["relocations", "unsigned"]
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
