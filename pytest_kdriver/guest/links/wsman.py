@@ -1,0 +1,469 @@
+"""Sessions with a WinRM server, by pywinrm, which is an extra: import this only where it is used."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import socket
+import ssl
+import threading
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import requests
+import xmltodict  # type: ignore[import-untyped]
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from winrm.exceptions import (
+    InvalidCredentialsError,
+    WinRMOperationTimeoutError,
+    WinRMTransportError,
+    WSManFaultError,
+)
+from winrm.protocol import Protocol
+from winrm.transport import Transport
+
+from pytest_kdriver.guest.words import words
+
+if TYPE_CHECKING:
+    from pytest_kdriver.guest.links.winrm import WinrmConfig
+
+SMALL_ENVELOPE: Final = 150 << 10
+"""The most bytes of an envelope that each server takes: what Windows Server 2008 R2 allows."""
+
+LARGE_ENVELOPE: Final = 500 << 10
+"""What later servers allow by themselves. Where one allows more, it is not used."""
+
+CONNECT_TIMEOUT: Final = 10.0
+"""How long, in seconds, a server may take to answer a connection once it was reached."""
+
+SPARE: Final = 10.0
+"""How much longer, in seconds, an answer is waited for than the server was told to take."""
+
+_IDLE: Final = 30.0
+"""How long, in seconds, a connection may be silent before a new one is made: HTTP servers hang up on such
+ones (Windows after 120 s), and what is sent just then may be lost or not."""
+
+_SHELL_IDLE: Final = "PT180.000S"
+"""When a shell is deleted of which nobody hears any more: its host was killed, say."""
+
+_AROUND: Final = 8 << 10
+"""How many bytes of an envelope are not its data: the header, and what encryption adds."""
+
+_SHELL: Final = "http://schemas.microsoft.com/wbem/wsman/1/windows/shell"
+_CONFIG: Final = "http://schemas.microsoft.com/wbem/wsman/1/config"
+_GET: Final = "http://schemas.xmlsoap.org/ws/2004/09/transfer/Get"
+
+_TOO_LARGE = 413
+_ACCESS_DENIED = 5
+
+_QUOTAS: Final = frozenset(
+    {0x803381A5, 0x803381A6, 0x803381A7, 0x803381A8, 0x803381AB, *range(0x803381E4, 0x803381E8)}
+)
+"""wsmerror.h: the ERROR_WSMAN_QUOTA_ codes of shells, operations, users, the system."""
+
+_EXPIRED, _NOT_YET = 10, 9
+_UNTRUSTED = frozenset({18, 19, 20, 21})
+_OTHER_NAME = frozenset({62, 64})
+
+OperationTimeout = WinRMOperationTimeoutError
+
+_E = TypeVar("_E", bound=BaseException)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What a Receive brought. ``exit_code`` is None while the command runs."""
+
+    stdout: bytes
+    stderr: bytes
+    is_over: bool
+    exit_code: int | None
+
+
+class Line:
+    """A session's TCP connection, which any thread can cut: who waits for an answer sees an error at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._is_cut = False
+
+    def take(self, connection: socket.socket) -> None:
+        """Take the connection that was just made."""
+        with self._lock:
+            self._socket = connection
+            if self._is_cut:
+                connection.close()
+                raise ConnectionAbortedError("the connection was cut")
+
+    def cut(self) -> None:
+        """End the connection, and each that would be made."""
+        with self._lock:
+            self._is_cut = True
+            if self._socket is not None:
+                with contextlib.suppress(OSError):
+                    # Not the SSL socket's own, which takes away what the other thread is reading from.
+                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        """Let connections be made again."""
+        with self._lock:
+            self._is_cut = False
+
+
+@contextlib.contextmanager
+def cut_at(line: Line, deadline: float) -> Iterator[None]:
+    """Cut the line at the deadline: the timeouts of HTTP are those of one read each."""
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), line.cut)
+    timer.name = "kdriver-winrm-deadline"
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+class _Adapter(HTTPAdapter):
+    """HTTP over one connection, which is a ``Line``, with timeouts of its own."""
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self.timeout = (CONNECT_TIMEOUT, CONNECT_TIMEOUT)
+        super().__init__(pool_connections=1, pool_maxsize=1)
+
+    def init_poolmanager(
+        self, connections: int, maxsize: int, block: bool = False, **pool_kwargs: object
+    ) -> None:
+        super().init_poolmanager(connections, maxsize, block, **pool_kwargs)
+        line = self._line
+
+        class Plain(HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                line.take(self.sock)
+
+        class Encrypted(HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                line.take(self.sock)
+
+        class PlainPool(HTTPConnectionPool):
+            ConnectionCls = Plain
+
+        class EncryptedPool(HTTPSConnectionPool):
+            ConnectionCls = Encrypted
+
+        self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": EncryptedPool}
+
+    def send(
+        self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
+    ) -> requests.Response:
+        return super().send(request, *args, **{**kwargs, "timeout": self.timeout})
+
+
+class _Transport(Transport):
+    """pywinrm's, over an ``_Adapter``."""
+
+    adapter: _Adapter
+
+    def build_session(self) -> requests.Session:
+        session = super().build_session()
+        self._mount(session)
+        return session
+
+    def setup_encryption(self, session: requests.Session) -> None:
+        self._mount(session)  # for this sends the first request
+        super().setup_encryption(session)
+
+    def _mount(self, session: requests.Session) -> None:
+        if session.get_adapter(self.endpoint) is not self.adapter:
+            session.mount(self.endpoint, self.adapter)
+
+
+class Session(Protocol):
+    """One connection to the server, with its own authentication. One thread at a time uses it.
+
+    No proxy is used, whatever the environment says: NTLM belongs to a connection, and the machine under
+    test is near. Errors are those of pywinrm, requests and ElementTree; ``explain`` has words for them.
+    """
+
+    def __init__(self, config: WinrmConfig) -> None:
+        scheme = "https" if config.https else "http"
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        endpoint = f"{scheme}://{host}:{config.effective_port}/wsman"
+        super().__init__(endpoint, username=config.user, password=config.password)
+        self.line = Line()
+        self.envelope = SMALL_ENVELOPE
+        self.transport: _Transport = _Transport(
+            endpoint,
+            username=config.user,
+            password=config.password,
+            auth_method="basic" if config.basic else "ntlm",
+            message_encryption="never" if config.https or config.basic else "always",
+            server_cert_validation="validate",
+            ca_trust_path=_authorities(config),  # type: ignore[arg-type]  # None is allowed
+            proxy=None,
+        )
+        self.transport.adapter = _Adapter(self.line)
+        self._used = 0.0
+        self._operation_timeout = 0.0
+
+    @property
+    def payload(self) -> int:
+        """How many bytes of data fit into an envelope."""
+        return (self.envelope - _AROUND) // 4 * 3
+
+    def build_wsman_header(self, *args: object, **kwargs: object) -> dict[str, object]:
+        """As pywinrm's, with our sizes and times."""
+        envelope: dict[str, dict[str, object]] = super().build_wsman_header(*args, **kwargs)  # type: ignore[arg-type]
+        header = envelope["env:Header"]
+        header["w:MaxEnvelopeSize"] = {"@mustUnderstand": "true", "#text": str(self.envelope)}
+        header["w:OperationTimeout"] = f"PT{self._operation_timeout:.3f}S"
+        return dict(envelope)
+
+    def send_message(self, message: str) -> bytes:
+        """As pywinrm's, over a connection that was not silent for long."""
+        now = time.monotonic()
+        if now - self._used > _IDLE:
+            self.forget()
+        try:
+            return super().send_message(message)
+        finally:
+            self._used = time.monotonic()
+
+    def within(self, seconds: float, *, spare: float = SPARE) -> Session:
+        """Give the server that many seconds for each request from now on, and the network ``spare``."""
+        self._operation_timeout = max(seconds, 0.1)
+        self.transport.adapter.timeout = (
+            min(CONNECT_TIMEOUT, seconds + spare),
+            self._operation_timeout + spare,
+        )
+        return self
+
+    def forget(self) -> None:
+        """Close the connection; the next request makes a new one, and says anew who we are."""
+        self.transport.close_session()
+
+    def close(self) -> None:
+        """End the connection for good."""
+        self.line.cut()
+        self.forget()
+        self.transport.adapter.close()
+
+    def ask_envelope(self) -> int:
+        """How large an envelope may be, in bytes; what all servers take where this one does not say."""
+        message = {"env:Envelope": self.build_wsman_header(action=_GET, resource_uri=_CONFIG)}
+        message["env:Envelope"]["env:Body"] = {}
+        try:
+            answer = ET.fromstring(self.send_message(xmltodict.unparse(message)))  # noqa: S314  # expat bounds entities
+        except WSManFaultError:
+            return SMALL_ENVELOPE
+        told = answer.findtext(f".//{{{_CONFIG}}}MaxEnvelopeSizekb") or ""
+        if not told.strip().isdecimal():
+            return SMALL_ENVELOPE
+        return max(4 * _AROUND, min(int(told) << 10, LARGE_ENVELOPE))
+
+    def open(self) -> str:
+        """Open a shell; its id."""
+        return self.open_shell(codepage=65001, idle_timeout=_SHELL_IDLE)
+
+    def start(self, shell: str, command: str) -> str:
+        """Start the command in the shell, with pipes for all its streams; its id."""
+        return self.run_command(shell, command, console_mode_stdin=False, skip_cmd_shell=False)
+
+    def send_input(self, shell: str, command: str, data: bytes, *, end: bool = False) -> None:
+        """Write to the command's standard input."""
+        self._request(
+            shell,
+            "Send",
+            {
+                "rsp:Send": {
+                    "rsp:Stream": {
+                        "@Name": "stdin",
+                        "@CommandId": command,
+                        "@End": "true" if end else "false",
+                        "#text": base64.b64encode(data).decode(),
+                    }
+                }
+            },
+        )
+
+    def receive_output(self, shell: str, command: str) -> Output:
+        """Wait for output. ``OperationTimeout`` if there was none."""
+        answer = self._request(
+            shell,
+            "Receive",
+            {
+                "rsp:Receive": {
+                    "rsp:DesiredStream": {"@CommandId": command, "#text": "stdout stderr"}
+                }
+            },
+        )
+        data = {"stdout": b"", "stderr": b""}
+        ended = set()
+        for stream in answer.iter(f"{{{_SHELL}}}Stream"):
+            name = stream.get("Name", "")
+            data[name] = data.get(name, b"") + base64.b64decode(stream.text or "")
+            if stream.get("End", "").lower() in {"true", "1"}:
+                ended.add(name)
+        exit_code = None
+        for state in answer.iter(f"{{{_SHELL}}}CommandState"):
+            if state.get("State", "").endswith("/Done"):
+                exit_code = int(state.findtext(f"{{{_SHELL}}}ExitCode") or "-1")
+        return Output(
+            stdout=data["stdout"],
+            stderr=data["stderr"],
+            is_over=exit_code is not None or "stdout" in ended,
+            exit_code=exit_code,
+        )
+
+    def _request(self, shell: str, action: str, body: Mapping[str, object]) -> ET.Element:
+        message = self.build_wsman_header(
+            action=f"{_SHELL}/{action}", resource_uri=f"{_SHELL}/cmd", shell_id=shell
+        )
+        message["env:Body"] = body
+        return ET.fromstring(self.send_message(xmltodict.unparse({"env:Envelope": message})))  # noqa: S314
+
+
+def was_too_large(error: Exception) -> bool:
+    """Whether the server refused a request for its size, unread: it says so by HTTP, not by a fault."""
+    return isinstance(error, WinRMTransportError) and error.code == _TOO_LARGE
+
+
+def took_too_long(error: Exception) -> bool:
+    """Whether nothing is known but that no answer came in time."""
+    return isinstance(error, (requests.Timeout, WinRMOperationTimeoutError))
+
+
+def never_connected(error: Exception) -> bool:
+    """Whether nobody took the connection."""
+    return isinstance(error, requests.ConnectTimeout)
+
+
+def explain(error: Exception, config: WinrmConfig) -> str:
+    """What happened, in words that a person can act on. They never have the password."""
+    for kind, tell in _EXPLANATIONS:
+        if isinstance(error, kind):
+            return tell(error, config)
+    return f"its answer makes no sense ({type(error).__name__}: {words(str(error))}); is it WinRM?"
+
+
+def _explain_refusal(_error: Exception, config: WinrmConfig) -> str:
+    told = f"it refused the user {config.user} (401): the user or the password is wrong"
+    if config.basic:
+        return f"{told}, or it does not allow Basic (winrm/config/service/auth)"
+    return f"{told}, or the user is a local administrator {_FILTERED}"
+
+
+_FILTERED = (
+    "whose rights are taken away over the network: set LocalAccountTokenFilterPolicy to 1 "
+    r"in HKLM\SOFTWARE\Microsoft\Windows\CurrentVersion\Policies\System"
+)
+
+
+def _explain_fault(error: Exception, _config: WinrmConfig) -> str:
+    assert isinstance(error, WSManFaultError)
+    code = error.wsman_fault_code
+    told = words(error.reason.strip())
+    if code is None:
+        return told
+    told = f"{told} (0x{code:08X})"
+    if code in _QUOTAS:
+        return (
+            f"{told}: a quota of its is used up; end other shells, or raise it (winrm/config/winrs)"
+        )
+    if code == _ACCESS_DENIED:
+        return f"{told}: the user is no administrator there, or one {_FILTERED}"
+    return told
+
+
+def _explain_status(error: Exception, config: WinrmConfig) -> str:
+    assert isinstance(error, WinRMTransportError)
+    text = error.response_text.strip()
+    told = f"it answered with HTTP status {error.code}"
+    if error.code == 404:
+        told = f"{told}: nothing is at {config.host}:{config.effective_port}/wsman"
+    if text[:1] == "<" and "html" in text[:200].lower():
+        return f"{told} and a page; a proxy or another server is there, not WinRM"
+    return f"{told}: {words(text[:200])}" if text else told
+
+
+def _explain_certificate(error: Exception, config: WinrmConfig) -> str:
+    cause = _find(error, ssl.SSLCertVerificationError)
+    if cause is None:
+        return f"TLS did not work out: {words(str(_find(error, ssl.SSLError) or error))}"
+    told = f"its certificate is not accepted: {words(cause.verify_message)}"
+    if cause.verify_code == _EXPIRED:
+        return f"{told}; make it a new one, or set the clock, if that is wrong"
+    if cause.verify_code == _NOT_YET:
+        return f"{told}; is the clock of this machine or of that one wrong?"
+    if cause.verify_code in _UNTRUSTED:
+        return (
+            f"{told}; name the file of who signed it, or of itself if it is self-signed, as its CA"
+        )
+    if cause.verify_code in _OTHER_NAME:
+        return f"{told}; reach it by a name that the certificate has, not as {config.host}"
+    return told
+
+
+def _explain_connection(error: Exception, _config: WinrmConfig) -> str:
+    cause = _find(error, OSError)
+    if isinstance(cause, ConnectionRefusedError):
+        return "the connection was refused; does WinRM run there, and listen at this port?"
+    if isinstance(cause, socket.gaierror):
+        return f"its name can't be resolved: {cause.strerror}"
+    if cause is not None and cause.strerror:
+        return f"the connection was lost: {cause.strerror}"
+    return "the connection was lost: it hung up"
+
+
+def _explain_xml(error: Exception, _config: WinrmConfig) -> str:
+    return f"its answer is no SOAP ({error}); a proxy or another server is there, not WinRM"
+
+
+def _explain_timeout(_error: Exception, _config: WinrmConfig) -> str:
+    return "it is silent"
+
+
+_EXPLANATIONS: Final[
+    tuple[tuple[type[Exception], Callable[[Exception, WinrmConfig], str]], ...]
+] = (
+    (InvalidCredentialsError, _explain_refusal),
+    (WSManFaultError, _explain_fault),
+    (WinRMTransportError, _explain_status),
+    (requests.exceptions.SSLError, _explain_certificate),
+    (requests.Timeout, _explain_timeout),
+    (WinRMOperationTimeoutError, _explain_timeout),
+    (requests.RequestException, _explain_connection),
+    (ET.ParseError, _explain_xml),
+)
+
+
+def _find(error: BaseException, kind: type[_E]) -> _E | None:
+    """The innermost error of this kind among those that this one came of, which has the most to say."""
+    found = None
+    waiting: list[object] = [error]
+    seen: set[int] = set()
+    while waiting:
+        cause = waiting.pop()
+        if isinstance(cause, BaseException) and id(cause) not in seen:
+            seen.add(id(cause))
+            if isinstance(cause, kind) and not isinstance(cause, requests.RequestException):
+                found = cause
+            waiting += [*cause.args, getattr(cause, "reason", None), cause.__context__]
+    return found
+
+
+def _authorities(config: WinrmConfig) -> str | None:
+    """Where the certificates are that are trusted; None is certifi's."""
+    if config.ca is not None:
+        return str(config.ca)
+    paths = ssl.get_default_verify_paths()
+    return paths.cafile or paths.capath
