@@ -607,6 +607,19 @@ class TestVerify:
                     continue
                 assert found & {"signature", "unsigned"}
 
+    @pytest.mark.parametrize("page_hashes", [False, True])
+    def test_looks_at_each_byte_of_a_signature(
+        self, image: Path, tmp_path: Path, page_hashes: bool
+    ) -> None:
+        path = tmp_path / "signed.sys"
+        sign(image, path, page_hashes=page_hashes)
+        content = path.read_bytes()
+        table, _ = read_image(path).directory(Directory.SECURITY)
+        for at in range(table + 8, len(content)):
+            path.write_bytes(patched(content, at, "<B", content[at] ^ 1 << at % 8))
+            with pytest.raises(SignatureError):
+                verify(path)
+
     def test_refuses_the_signature_of_another_image(self, image: Path, tmp_path: Path) -> None:
         sign(image, tmp_path / "signed.sys")
         signed = read_image(tmp_path / "signed.sys")
