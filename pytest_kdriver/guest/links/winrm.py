@@ -207,16 +207,7 @@ class WinrmLink:
             part = chunk[start : start + size]
             if self._lines is not None:
                 part = binascii.b2a_base64(part)
-            try:
-                self._sender.within(HOLD).send_input(self._shell, self._command, part)
-            except Exception as error:
-                smallest = self._wsman.SMALL_ENVELOPE
-                if not self._wsman.was_too_large(error) or self._sender.envelope <= smallest:
-                    raise
-                self._sender.envelope = smallest
-                self._payload = self._sender.payload
-                self._send_chunk(chunk[start:])
-                return
+            self._sender.within(HOLD).send_input(self._shell, self._command, part)
 
     def _stop_sending(self, why: str) -> None:
         """Let the agent say its last words, if it has any, and end the stream."""

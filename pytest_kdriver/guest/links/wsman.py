@@ -58,7 +58,6 @@ _SHELL: Final = "http://schemas.microsoft.com/wbem/wsman/1/windows/shell"
 _CONFIG: Final = "http://schemas.microsoft.com/wbem/wsman/1/config"
 _GET: Final = "http://schemas.xmlsoap.org/ws/2004/09/transfer/Get"
 
-_TOO_LARGE = 413
 _ACCESS_DENIED = 5
 
 _QUOTAS: Final = frozenset(
@@ -93,13 +92,18 @@ class Line:
         self._socket: socket.socket | None = None
         self._is_cut = False
 
-    def take(self, connection: socket.socket) -> None:
-        """Take the connection that was just made."""
+    def take(self, connection: socket.socket) -> socket.socket:
+        """Take the connection that was just made; it is given back.
+
+        What is kept is another descriptor of it, for TLS detaches the first one from its object.
+        """
+        self.drop()
         with self._lock:
-            self._socket = connection
             if self._is_cut:
                 connection.close()
                 raise ConnectionAbortedError("the connection was cut")
+            self._socket = connection.dup()
+        return connection
 
     def cut(self) -> None:
         """End the connection, and each that would be made."""
@@ -107,13 +111,19 @@ class Line:
             self._is_cut = True
             if self._socket is not None:
                 with contextlib.suppress(OSError):
-                    # Not the SSL socket's own, which takes away what the other thread is reading from.
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+                    self._socket.shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
         """Let connections be made again."""
         with self._lock:
             self._is_cut = False
+
+    def drop(self) -> None:
+        """Forget the connection, which is closed elsewhere."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+            self._socket = None
 
 
 @contextlib.contextmanager
@@ -145,14 +155,12 @@ class _Adapter(HTTPAdapter):
         line = self._line
 
         class Plain(HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                line.take(self.sock)
+            def _new_conn(self) -> socket.socket:
+                return line.take(super()._new_conn())
 
         class Encrypted(HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                line.take(self.sock)
+            def _new_conn(self) -> socket.socket:
+                return line.take(super()._new_conn())
 
         class PlainPool(HTTPConnectionPool):
             ConnectionCls = Plain
@@ -238,18 +246,19 @@ class Session(Protocol):
         finally:
             self._used = time.monotonic()
 
-    def within(self, seconds: float, *, spare: float = SPARE) -> Session:
-        """Give the server that many seconds for each request from now on, and the network ``spare``."""
+    def within(self, seconds: float) -> Session:
+        """Give the server that many seconds for each request from now on, and the network ``SPARE``."""
         self._operation_timeout = max(seconds, 0.1)
         self.transport.adapter.timeout = (
-            min(CONNECT_TIMEOUT, seconds + spare),
-            self._operation_timeout + spare,
+            min(CONNECT_TIMEOUT, self._operation_timeout),
+            self._operation_timeout + SPARE,
         )
         return self
 
     def forget(self) -> None:
         """Close the connection; the next request makes a new one, and says anew who we are."""
         self.transport.close_session()
+        self.line.drop()
 
     def close(self) -> None:
         """End the connection for good."""
@@ -332,11 +341,6 @@ class Session(Protocol):
         return ET.fromstring(self.send_message(xmltodict.unparse({"env:Envelope": message})))  # noqa: S314
 
 
-def was_too_large(error: Exception) -> bool:
-    """Whether the server refused a request for its size, unread: it says so by HTTP, not by a fault."""
-    return isinstance(error, WinRMTransportError) and error.code == _TOO_LARGE
-
-
 def took_too_long(error: Exception) -> bool:
     """Whether nothing is known but that no answer came in time."""
     return isinstance(error, (requests.Timeout, WinRMOperationTimeoutError))
@@ -390,6 +394,8 @@ def _explain_status(error: Exception, config: WinrmConfig) -> str:
     told = f"it answered with HTTP status {error.code}"
     if error.code == 404:
         told = f"{told}: nothing is at {config.host}:{config.effective_port}/wsman"
+    if error.code == 413:
+        told = f"{told}: what was sent is larger than it said it takes (MaxEnvelopeSizekb)"
     if text[:1] == "<" and "html" in text[:200].lower():
         return f"{told} and a page; a proxy or another server is there, not WinRM"
     return f"{told}: {words(text[:200])}" if text else told
