@@ -56,7 +56,7 @@ CONFIG: Final = "http://schemas.microsoft.com/wbem/wsman/1/config"
 IDENTITY: Final = "http://schemas.dmtf.org/wbem/wsman/identity/1/wsmanidentity.xsd"
 ANONYMOUS: Final = f"{ADDRESSING}/role/anonymous"
 FAULT_ACTION: Final = "http://schemas.dmtf.org/wbem/wsman/1/wsman/fault"
-FAULT_DETAIL: Final = "http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail"
+FAULT_DETAIL: Final = "<w:FaultDetail>http://schemas.dmtf.org/wbem/wsman/1/wsman/faultDetail"
 ADDRESSING_FAULT: Final = f"{ADDRESSING}/fault"
 
 _PREFIXES: Final = {
@@ -91,6 +91,7 @@ _SEALING = 4096
 """What sealing and its multipart headers may add to an envelope, in bytes."""
 
 _PIPE = 1 << 20
+_DISCARDED = 4 << 20
 _TICK = 0.5
 """How often, in seconds, who waits looks at what wakes nobody: a client that hung up."""
 
@@ -126,7 +127,7 @@ class Fault(Exception):
         *,
         receiver: bool = False,
         message: str | None = None,
-        detail: str | None = None,
+        detail: str = "",
         action: str = FAULT_ACTION,
     ) -> None:
         super().__init__(reason)
@@ -139,12 +140,11 @@ class Fault(Exception):
         self.action = action
 
     def body(self) -> str:
-        detail = f"<w:FaultDetail>{escape(self.detail)}</w:FaultDetail>" if self.detail else ""
         return (
             f"<s:Fault><s:Code><s:Value>s:{'Receiver' if self.receiver else 'Sender'}</s:Value>"
             f"<s:Subcode><s:Value>{self.subcode}</s:Value></s:Subcode></s:Code>"
             f'<s:Reason><s:Text xml:lang="en-US">{escape(self.reason)}</s:Text></s:Reason>'
-            f"<s:Detail>{detail}"
+            f"<s:Detail>{self.detail}"
             '<f:WSManFault xmlns:f="http://schemas.microsoft.com/wbem/wsman/1/wsmanfault"'
             f" Code={quoteattr(str(self.code))} Machine={quoteattr(socket.gethostname())}>"
             f"<f:Message>{escape(self.message)}</f:Message></f:WSManFault></s:Detail></s:Fault>"
@@ -173,7 +173,7 @@ def _shell_not_found(shell: str) -> Fault:
         "not found on the server. Possible causes are: the specified ShellId is incorrect or the shell no "
         "longer exists on the server. Provide the correct ShellId or create a new shell and retry the "
         "operation.",
-        detail=f"{FAULT_DETAIL}/UnexpectedSelectors",
+        detail=f"{FAULT_DETAIL}/UnexpectedSelectors</w:FaultDetail>",
     )
 
 
@@ -194,17 +194,18 @@ def _aborted() -> Fault:
 
 
 def _pipe_ended() -> Fault:
-    # [DMTF-DSP0226] wsman:InternalError, with ERROR_BROKEN_PIPE. Not verified on Windows.
+    # [DMTF-DSP0226] wsman:InternalError, with ERROR_BROKEN_PIPE: a Send to a program that has ended. The
+    # code's form is not verified on Windows.
     return Fault("w:InternalError", 2147942509, "The pipe has been ended.", receiver=True)
 
 
-def _unsupported_action() -> Fault:
-    # [DMTF-DSP0226] wsa:ActionNotSupported, with ERROR_WSMAN_INVALID_ACTIONURI.
+def _unsupported_action(action: str) -> Fault:
+    # [DMTF-DSP0226] wsa:ActionNotSupported, with ERROR_WSMAN_ACTION_NOT_SUPPORTED.
     return Fault(
         "a:ActionNotSupported",
-        2150858753,
-        "The WS-Management service cannot process the request. The WS-Addressing action URI is invalid. "
-        "Check the documentation for information on how to construct an action URI.",
+        2150858771,
+        "The WS-Management service does not support the action specified in the request.",
+        detail=f"<a:Action>{escape(action)}</a:Action>",
         action=ADDRESSING_FAULT,
     )
 
@@ -216,38 +217,52 @@ def _unknown_resource() -> Fault:
         2150858752,
         "The WS-Management service cannot process the request. The service cannot find the resource "
         "identified by the resource URI and selectors.",
-        detail=f"{FAULT_DETAIL}/InvalidResourceURI",
+        detail=f"{FAULT_DETAIL}/InvalidResourceURI</w:FaultDetail>",
         action=ADDRESSING_FAULT,
     )
 
 
 def _envelope_too_small() -> Fault:
-    # [MS-WSMV] 3.1.4.1.7: a MaxEnvelopeSize under 8192.
+    # [MS-WSMV] 3.1.4.1.7, with ERROR_WSMAN_MIN_ENVELOPE_SIZE.
     return Fault(
         "w:EncodingLimit",
-        2150858862,
-        "The WS-Management service does not support the specified maximum envelope size.",
-        detail=f"{FAULT_DETAIL}/MinimumEnvelopeLimit",
+        2150858878,
+        "The WS-Management service cannot process the request because the envelope size in the request is "
+        "too small.",
+        detail=f"{FAULT_DETAIL}/MinimumEnvelopeLimit</w:FaultDetail>",
     )
 
 
 def _invalid_body() -> Fault:
-    # [DMTF-DSP0226] wsman:SchemaValidationError, with ERROR_WSMAN_INVALID_SOAP_BODY.
+    # [DMTF-DSP0226] wsman:SchemaValidationError, with ERROR_WSMAN_SCHEMA_VALIDATION_ERROR.
     return Fault(
         "w:SchemaValidationError",
-        2150858791,
-        "The WS-Management service cannot process the request because the request packet does not have a "
-        "valid SOAP body.",
+        2150858817,
+        "The SOAP XML in the message does not match the corresponding XML schema definition. Change the XML "
+        "and retry.",
     )
 
 
-def _too_many(message: str) -> Fault:
-    # [MS-WSMV] 3.1.4.5.2.1 for shells; for commands the same form.
-    return Fault(
-        "w:QuotaLimit",
+def _too_many_shells() -> Fault:
+    # [MS-WSMV] 3.1.4.5.2.1, with ERROR_WSMAN_QUOTA_MAX_SHELLS.
+    return _too_many(
         2150859173,
-        "The WS-Management service cannot process the request. The user load quota has been exceeded.",
-        message=message,
+        "The Windows Remote Shell cannot process the request. The server is already executing the maximum "
+        "number of concurrent shells a user can remotely open on the same system. Retry later.",
+    )
+
+
+def _too_many_commands() -> Fault:
+    # [DMTF-DSP0226] wsman:QuotaLimit, with ERROR_WSMAN_QUOTA_MAX_OPERATIONS.
+    return _too_many(
+        2150859174,
+        "The maximum number of concurrent operations for this user has been exceeded.",
+    )
+
+
+def _too_many(code: int, message: str) -> Fault:
+    return Fault(
+        "w:QuotaLimit", code, f"The WS-Management service cannot process the request. {message}"
     )
 
 
@@ -461,14 +476,14 @@ class Command:
             raise _timed_out()
         try:
             while not self._terminated:
+                if hung_up():
+                    raise ConnectionAbortedError
                 exited = bool(self._poll([self._exited], 0.0))
                 taken = self._take(streams, size)
                 if taken:
                     return taken, None
                 if exited:
                     return {}, self._exit_code()
-                if hung_up():
-                    raise ConnectionAbortedError
                 wait = min(_TICK, deadline - time.monotonic())
                 if wait <= 0:
                     raise _timed_out()
@@ -586,7 +601,7 @@ class Shell:
             if self._closed:
                 raise _shell_not_found(self.id)
             if len(self._commands) >= MAX_COMMANDS:
-                raise _too_many("The maximum number of concurrent operations has been exceeded.")
+                raise _too_many_commands()
             try:
                 command = Command(line, cwd=self._cwd, env=self._env)
             except (OSError, ValueError) as error:
@@ -624,6 +639,7 @@ class Service:
         self._mangle = mangle
         self._lock = threading.Lock()
         self._shells: dict[str, Shell] = {}
+        self._closed = False
         self._actions: dict[str, Callable[[Request, Shell], str]] = {
             f"{TRANSFER}/Delete": self._delete,
             f"{SHELL}/Command": self._command,
@@ -654,7 +670,7 @@ class Service:
         if request.action == f"{TRANSFER}/Create":
             return self._create(request)
         if (act := self._actions.get(request.action)) is None:
-            raise _unsupported_action()
+            raise _unsupported_action(request.action)
         name = request.selectors.get("shellid", "")
         with self._lock:
             shell = self._shells.get(name)
@@ -668,12 +684,8 @@ class Service:
         shell = Shell(request.user, request.child("Shell"))
         with self._lock:
             owned = sum(other.owner == request.user for other in self._shells.values())
-            if owned >= MAX_SHELLS or shell.id in self._shells:
-                raise _too_many(
-                    "The Windows Remote Shell cannot process the request. The server is already "
-                    "executing the maximum number of concurrent shells a user can remotely open on the "
-                    "same system. Retry later."
-                )
+            if self._closed or owned >= MAX_SHELLS or shell.id in self._shells:
+                raise _too_many_shells()
             self._shells[shell.id] = shell
         name = escape(shell.id)
         return (
@@ -782,6 +794,7 @@ class Service:
 
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             shells = list(self._shells.values())
             self._shells.clear()
         for shell in shells:
@@ -944,9 +957,11 @@ class Handler(BaseHTTPRequestHandler):
         if "Transfer-Encoding" in self.headers or not re.fullmatch(r"\d{1,12}", length):
             self._reply(411, close=True)
             return None
-        # What Windows says of a body over MaxEnvelopeSizekb: ERROR_WSMAN_HTTP_REQUEST_TOO_LARGE_STATUS is
-        # how its client calls it.
+        # How a client is "notified that the request size exceeded the configured MaxEnvelopeSize quota"
+        # (ERROR_WSMAN_HTTP_REQUEST_TOO_LARGE_STATUS).
         if int(length) > self.server.service.max_envelope + _SEALING:
+            if int(length) <= _DISCARDED:
+                self._discard(int(length))
             self._reply(413, close=True)
             return None
         body = self.rfile.read(int(length))
@@ -954,6 +969,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         return body
+
+    def _discard(self, size: int) -> None:
+        """Take what is on its way, for an answer does not reach who is cut off while they send."""
+        while size and (part := self.rfile.read(min(size, 1 << 16))):
+            size -= len(part)
 
     def _authenticate(self, authorization: str) -> str | None:
         scheme, _, token = authorization.partition(" ")
@@ -967,7 +987,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = self._context.step(
                 base64.b64decode(token, validate=True), channel_bindings=self.server.bindings
             )
-        except (SpnegoError, ValueError, struct.error, IndexError, KeyError, TypeError):
+        except Exception:  # a token may be anything, and what can't be understood does not come in
             self._context = None
             return None
         self._challenge = base64.b64encode(answer).decode() if answer else None
@@ -1002,7 +1022,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             body = opened
         elif sealed or (negotiated and self.server.tls is None):
-            # AllowUnencrypted is false. The status is not verified on Windows.
+            # AllowUnencrypted is false: a status without a fault.
             self._reply(500, close=True)
             return
         try:
@@ -1164,7 +1184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             basic=True,
         )
     for name, server in servers.items():
-        threading.Thread(target=server.serve_forever, name=f"wsman-{name}", daemon=True).start()
+        threading.Thread(
+            target=server.serve_forever, args=(0.1,), name=f"wsman-{name}", daemon=True
+        ).start()
     ports = " ".join(f"{name}={server.server_address[1]}" for name, server in servers.items())
     print(f"ready {ports}", flush=True)
     while not ended.wait(5.0):
