@@ -28,7 +28,11 @@ def identifier(content: bytes) -> bytes:
     return element(0x06, content)
 
 
-def pkcs7(digest: bytes) -> bytes:
+CERTIFICATE = element(0x30, element(0x30), element(0x30), element(0x03, b"\0"))
+"""What has a certificate's outermost parts, and nothing in them."""
+
+
+def pkcs7(digest: bytes, certificates: bytes = CERTIFICATE) -> bytes:
     """Authenticode's signature of an image with this SHA-256. Nobody made it: its last part is zeros."""
     algorithm = element(0x30, identifier(_SHA256), b"\x05\x00")
     data = element(0x30, identifier(bytes.fromhex("2b06010401823702010f")), element(0x30))
@@ -51,7 +55,7 @@ def pkcs7(digest: bytes) -> bytes:
         b"\x02\x01\x01",
         element(0x31, algorithm),
         element(0x30, identifier(_INDIRECT_DATA), element(0xA0, element(0x30, content))),
-        element(0xA0, element(0x30)),
+        element(0xA0, certificates),
         element(0x31, signer),
     )
     return element(0x30, identifier(bytes.fromhex("2a864886f70d010702")), element(0xA0, signed))

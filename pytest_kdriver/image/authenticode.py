@@ -55,6 +55,7 @@ _ALGORITHMS: Final = {
 }
 
 _INTEGER: Final = 0x02
+_BITS: Final = 0x03
 _OCTETS: Final = 0x04
 _NULL: Final = 0x05
 _OBJECT: Final = 0x06
@@ -291,7 +292,7 @@ def _parse(content: bytes) -> SignedData:
     subject = signed.enter(_SEQUENCE)
     _expect(subject.take(_OBJECT), _INDIRECT_DATA, "it is not Authenticode's")
     content = _Elements(subject.only(_FIRST)).only(_SEQUENCE)
-    certificates = tuple(whole for whole, _ in signed.enter(_FIRST).all(_SEQUENCE))
+    certificates = tuple(_certificates(signed.enter(_FIRST)))
     if signed.tag == _SECOND:
         signed.take(_SECOND)  # lists of revoked certificates
     signers = _Elements(signed.only(_SET))
@@ -309,6 +310,16 @@ def _parse(content: bytes) -> SignedData:
         certificates=certificates,
         signer=signer,
     )
+
+
+def _certificates(elements: _Elements) -> Iterator[bytes]:
+    """Each certificate: what is signed in it, by what, and the signature, which is of whole bytes."""
+    for whole, content in elements.all(_SEQUENCE):
+        parts = _Elements(content)
+        parts.take(_SEQUENCE)
+        parts.take(_SEQUENCE)
+        _expect(parts.only(_BITS)[:1], b"\0", "it has a certificate without a signature")
+        yield whole
 
 
 def _signer(elements: _Elements, algorithm: str, content: bytes) -> Signer:

@@ -26,7 +26,7 @@ from tests.pe_builder import (
     build_module,
     patched,
 )
-from tests.signature_builder import FIELD, digest_of, pkcs7, with_signature
+from tests.signature_builder import CERTIFICATE, FIELD, digest_of, pkcs7, with_signature
 
 CHECKSUM = OPTIONAL_HEADER + 64
 DLL = 0x2022
@@ -418,6 +418,11 @@ class TestSignature:
                 pkcs7(bytes(32)).replace(b"\x37\x02\x01\x04", b"\x37\x02\x01\x05"),
                 "is not Authenticode's",
             ),
+            (
+                pkcs7(bytes(32), CERTIFICATE[:-1] + b"\x01"),
+                "a certificate without a signature",
+            ),
+            (pkcs7(bytes(32), CERTIFICATE * 65), "too many elements"),
             (pkcs7(b""), "it was changed after it was signed"),
         ],
     )
