@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import signal
 import socket
 import ssl
@@ -201,6 +202,53 @@ class TestTheServer:
             with pytest.raises(TimeoutError, match="did not let us in within 0.5 s"):
                 WinrmLink(server.config(), ECHO, timeout=0.5)
             assert time.monotonic() - start < 5
+
+    def test_that_takes_no_connection_is_told_with_what_may_keep_it_from_it(
+        self, server: WsmanServer
+    ) -> None:
+        with ExitStack() as stack, socket.socket() as full:
+            full.bind((HOST, 0))
+            full.listen(0)
+            for _ in range(3):  # there is room for no more to wait
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(full.getsockname())
+            with pytest.raises(TimeoutError) as caught:
+                WinrmLink(server.config(port=full.getsockname()[1]), ECHO, timeout=0.5)
+        assert "did not take the connection within 0.5 s: is the machine up" in str(caught.value)
+        assert "profile is Public" in str(caught.value)
+
+    def test_that_asks_nobody_who_he_is_is_told(self) -> None:
+        with Server(lambda _: http(200, "hello")) as server:
+            told = refused(server.config(basic=False))
+        assert "it did not ask who we are" in told
+
+    def test_that_answers_in_plain_text_what_was_encrypted_is_not_believed(
+        self, server: WsmanServer
+    ) -> None:
+        with Relay(
+            server.http_port, change=(b"multipart/encrypted", b"multipart/plain----")
+        ) as relay:
+            told = refused(server.config(https=False, port=relay.port))
+        assert "its answer is not encrypted, though what it was asked is" in told
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"HTTP/1.1 200 X\r\nContent-Length: 9999999999\r\n\r\n",
+            b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n"
+            + b"10000\r\n%b\r\n" % (b" " * 0x10000) * 20,
+        ],
+    )
+    def test_that_says_too_much_is_not_listened_to(self, answer: bytes) -> None:
+        with Server(lambda _: answer) as server:
+            assert re.search(r"its answer has (more than )?\d+ bytes", refused(server.config()))
+
+    def test_may_answer_in_pieces(self) -> None:
+        body = fault(5, "No.").encode()
+        answer = b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
+        with Server(lambda _: answer % (len(body), body)) as server:
+            assert "No. (0x00000005)" in refused(server.config())
 
     @pytest.mark.parametrize(
         ("answer", "expected"),
@@ -489,11 +537,14 @@ class Server(Connections):
 
 
 class Relay(Connections):
-    """Between a client and a server. Hangs up in an answer, behind ``cut_at``, once it is there."""
+    """Between a client and a server. Hangs up in an answer, behind ``cut_at``, and changes answers."""
 
-    def __init__(self, port: int, *, cut_at: bytes | None = None) -> None:
+    def __init__(
+        self, port: int, *, cut_at: bytes | None = None, change: tuple[bytes, bytes] = (b"", b"")
+    ) -> None:
         self._to = port
         self._cut_at = cut_at
+        self._change = change
         self._seen: list[bytes] = []
         super().__init__()
 
@@ -505,19 +556,26 @@ class Relay(Connections):
 
     def serve(self, connection: socket.socket) -> None:
         with socket.create_connection((HOST, self._to)) as server:
-            there = threading.Thread(target=self._copy, args=(connection, server, None))
+            there = threading.Thread(target=self._copy, args=(connection, server, bytes))
             there.start()
-            self._copy(server, connection, self._cut_at)
+            self._copy(server, connection, self._edit)
             there.join()
 
-    def _copy(self, source: socket.socket, to: socket.socket, cut_at: bytes | None) -> None:
+    def _edit(self, answer: bytes) -> bytes:
+        if self._cut_at is not None and self._cut_at in answer:
+            return answer[: answer.index(self._cut_at) + len(self._cut_at)]
+        return answer.replace(*self._change) if self._change[0] else answer
+
+    def _copy(
+        self, source: socket.socket, to: socket.socket, edit: Callable[[bytes], bytes]
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self._seen.append(data)
-                if cut_at is not None and cut_at in data:
-                    to.sendall(data[: data.index(cut_at) + len(cut_at)])
+                edited = edit(data)
+                to.sendall(edited)
+                if len(edited) < len(data):
                     break
-                to.sendall(data)
         for end in (source, to):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -48,7 +48,8 @@ class WinrmConfig:
     ``port`` None is 5986 for HTTPS, 5985 for HTTP. ``ca`` is a file of certificates that are trusted, None
     the system's; a server's certificate is always checked. Over HTTP each message is encrypted by NTLM.
     ``basic`` is HTTP's Basic authentication, for HTTPS: over HTTP it shows the password to the network, and
-    needs ``allow_basic_over_http``, too.
+    needs ``allow_basic_over_http``, too. A proxy is never used, whatever the environment says: NTLM belongs
+    to one connection.
     """
 
     host: str
@@ -136,11 +137,13 @@ class WinrmLink:
             if not isinstance(error, Exception):
                 raise
             # "from None", for a report of pytest's shows what functions were called with: the password.
-            if time.monotonic() >= deadline or self._wsman.took_too_long(error):
+            if self._wsman.never_connected(error):
+                patience = min(timeout, self._wsman.CONNECT_TIMEOUT)
                 raise TimeoutError(
-                    f"the {where} did not {doing} within {timeout:g} s"
-                    + (_FIREWALL if self._wsman.never_connected(error) else "")
+                    f"the {where} did not take the connection within {patience:g} s{_FIREWALL}"
                 ) from None
+            if time.monotonic() >= deadline or self._wsman.took_too_long(error):
+                raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s") from None
             told = self._wsman.explain(error, self._config)
             raise LinkError(f"the {where} did not {doing}: {told}") from None
         return session, shell, started
@@ -322,7 +325,7 @@ class _Lines:
 
 
 _FIREWALL = (
-    ": nobody took the connection; is WinRM set up there, and does the firewall let us in? "
+    ": is the machine up, is WinRM set up there, and does the firewall let us in? "
     "Where the network's profile is Public, Windows' does not (0x80338169)"
 )
 

@@ -54,6 +54,9 @@ _SHELL_IDLE: Final = "PT180.000S"
 _AROUND: Final = 8 << 10
 """How many bytes of an envelope are not its data: the header, and what encryption adds."""
 
+_LONGEST_ANSWER: Final = 2 * LARGE_ENVELOPE
+"""The most bytes of an answer, which is held in memory. Servers keep to the size that they were told."""
+
 _SHELL: Final = "http://schemas.microsoft.com/wbem/wsman/1/windows/shell"
 _CONFIG: Final = "http://schemas.microsoft.com/wbem/wsman/1/config"
 _GET: Final = "http://schemas.xmlsoap.org/ws/2004/09/transfer/Get"
@@ -72,6 +75,10 @@ _OTHER_NAME = frozenset({62, 64})
 OperationTimeout = WinRMOperationTimeoutError
 
 _E = TypeVar("_E", bound=BaseException)
+
+
+class BadAnswer(Exception):
+    """An answer that no WinRM server gives, in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +180,34 @@ class _Adapter(HTTPAdapter):
     def send(
         self, request: requests.PreparedRequest, *args: Any, **kwargs: Any
     ) -> requests.Response:
-        return super().send(request, *args, **{**kwargs, "timeout": self.timeout})
+        response = super().send(request, *args, **{**kwargs, "timeout": self.timeout})
+        try:
+            _check_answer(request, response)
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+
+def _check_answer(request: requests.PreparedRequest, response: requests.Response) -> None:
+    """``BadAnswer`` for what is too long, or can be read by all though we encrypted what we asked."""
+    unauthorized = response.status_code == requests.codes.unauthorized
+    length = response.headers.get("Content-Length", "")
+    if length.isdecimal() and int(length) > _LONGEST_ANSWER:
+        raise BadAnswer(f"its answer has {length} bytes")
+    was_sealed, is_sealed = (
+        str(message.headers.get("Content-Type", "")).startswith("multipart/encrypted")
+        for message in (request, response)
+    )
+    if was_sealed and not is_sealed and not unauthorized and length != "0":
+        raise BadAnswer("its answer is not encrypted, though what it was asked is")
+    if not length.isdecimal() and not unauthorized:
+        content = bytearray()
+        for part in response.iter_content(1 << 16):
+            content += part
+            if len(content) > _LONGEST_ANSWER:
+                raise BadAnswer(f"its answer has more than {_LONGEST_ANSWER} bytes")
+        response._content = bytes(content)
 
 
 class _Transport(Transport):
@@ -189,6 +223,10 @@ class _Transport(Transport):
     def setup_encryption(self, session: requests.Session) -> None:
         self._mount(session)  # for this sends the first request
         super().setup_encryption(session)
+        if getattr(session.auth, "session_security", None) is None:
+            raise BadAnswer(
+                "it did not ask who we are; a proxy or another server is there, not WinRM"
+            )
 
     def _mount(self, session: requests.Session) -> None:
         if session.get_adapter(self.endpoint) is not self.adapter:
@@ -441,6 +479,7 @@ def _explain_timeout(_error: Exception, _config: WinrmConfig) -> str:
 _EXPLANATIONS: Final[
     tuple[tuple[type[Exception], Callable[[Exception, WinrmConfig], str]], ...]
 ] = (
+    (BadAnswer, lambda error, _: str(error)),
     (InvalidCredentialsError, _explain_refusal),
     (WSManFaultError, _explain_fault),
     (WinRMTransportError, _explain_status),
