@@ -18,6 +18,11 @@
     kind = "libvirt"
     image = "winevm"                # more: vm_config.py
 
+    [targets.lab]
+    kind = "remote"
+    host = "lab.example"            # more: remote_config.py
+    user = "tester"
+
 Paths are relative to the file. A key that is not known is an error.
 """
 
@@ -33,6 +38,7 @@ from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 from pytest_kdriver.errors import ConfigError
+from pytest_kdriver.remote_config import REMOTE_KEYS, RemoteConfig, parse_remote
 from pytest_kdriver.vm_config import VM_KEYS, VmSettings, parse_vm
 
 Isolation: TypeAlias = Literal["test", "module", "session", "none"]
@@ -54,6 +60,7 @@ _KEYS = ("vm", "isolation", "manifest", "profile", "timeout", "artifacts", "targ
 _TARGET_KEYS = {
     "wine": ("kind", "wine", "without"),
     "libvirt": ("kind", *VM_KEYS, "without"),
+    "remote": ("kind", *REMOTE_KEYS, "without"),
 }
 """The kinds of target, and what each may be told."""
 
@@ -66,13 +73,15 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 class TargetConfig:
     """One ``[targets.NAME]``, or a built-in target.
 
-    ``wine`` is the Wine to use, None for the first found; ``vm`` what was set of a virtual machine.
+    ``wine`` is the Wine to use, None for the first found; ``vm`` what was set of a virtual machine,
+    ``remote`` an existing machine, None for the other kinds.
     """
 
     name: str
     kind: str
     wine: str | None = None
     vm: VmSettings = field(default_factory=dict)
+    remote: RemoteConfig | None = None
     without: frozenset[str] = frozenset()
 
 
@@ -182,6 +191,7 @@ def _targets(table: object, where: str, root: Path) -> dict[str, TargetConfig]:
             kind=kind,
             wine=_string(settings, "wine", inside),
             vm=_vm(name, settings, inside, root) if kind == "libvirt" else {},
+            remote=_remote(settings, inside, root) if kind == "remote" else None,
             without=frozenset(_capabilities(settings.get("without", ()), inside)),
         )
     return targets
@@ -194,6 +204,10 @@ def _vm(name: str, table: Mapping[str, object], where: str, root: Path) -> VmSet
     if ("disk" in settings) == ("image" in settings):
         raise ConfigError(f"{where}: one of disk and image is needed, and only one")
     return settings
+
+
+def _remote(table: Mapping[str, object], where: str, root: Path) -> RemoteConfig:
+    return parse_remote({key: table[key] for key in REMOTE_KEYS if key in table}, where, root)
 
 
 def _check_keys(table: Iterable[str], allowed: tuple[str, ...], where: str) -> None:

@@ -131,6 +131,8 @@ def make_target(config: TargetConfig, *, artifacts: Path | None = None) -> Targe
     """A target of the kind that ``config`` says. Raises ``TargetError``."""
     if config.kind == "libvirt":
         return _libvirt_target(config, artifacts)
+    if config.kind == "remote":
+        return _remote_target(config, artifacts)
     assert config.kind == "wine", "the config lets no other kind through"
     return WineTarget(config, artifacts=artifacts)
 
@@ -141,3 +143,9 @@ def _libvirt_target(config: TargetConfig, artifacts: Path | None) -> Target:
 
     machine = LibvirtMachine(config, artifacts=artifacts)
     return MachineTarget(config.name, machine, artifacts=artifacts)
+
+
+def _remote_target(config: TargetConfig, artifacts: Path | None) -> Target:
+    from pytest_kdriver.targets.remote import RemoteMachine
+
+    return MachineTarget(config.name, RemoteMachine(config), artifacts=artifacts)

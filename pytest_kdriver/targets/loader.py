@@ -21,6 +21,7 @@ class Surroundings(Protocol):
     """What a loader may use of its target."""
 
     name: str
+    capabilities: frozenset[str]
 
     @property
     def sees_kernel(self) -> bool:

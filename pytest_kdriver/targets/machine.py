@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.image.preflight import Report
@@ -83,4 +83,36 @@ class Machine(Protocol):
 
         Never raises for what is gone already. Where it was interrupted, it can be called again.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """What was put into a guest: services, and files, whose folders are ours."""
+
+    services: set[str] = field(default_factory=set)
+    files: set[str] = field(default_factory=set)
+
+    def __bool__(self) -> bool:
+        return bool(self.services or self.files)
+
+
+@runtime_checkable
+class LastingMachine(Machine, Protocol):
+    """A machine that was there before the run, and stays, with all that was put into it."""
+
+    def clean(self, guest: Guest, installed: Installed) -> list[str]:
+        """Remove what was installed, as far as that can be, and take it out of ``installed``.
+
+        A service whose image lies elsewhere than ours is somebody else's, and stays. What else stays, and
+        why, in words. Raises nothing for it.
+        """
+        ...
+
+    def reach_again(self) -> Guest | None:
+        """A guest to clean up in, where the last one's agent is gone; None where that can't be had soon."""
+        ...
+
+    def tell(self, text: str) -> None:
+        """Tell the user what is no test's."""
         ...

@@ -20,8 +20,9 @@ from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.leftovers import REMOVERS, SPILL, remove_file
 from pytest_kdriver.targets.loader import SERVICES_GONE, Loader
-from pytest_kdriver.targets.machine import Guest, LogFeed, Machine
+from pytest_kdriver.targets.machine import Guest, Installed, LastingMachine, LogFeed, Machine
 from pytest_kdriver.targets.nt_loader import NtLoader
+from pytest_kdriver.targets.refusals import in_words
 from pytest_kdriver.targets.runs import Run, collect_garbage
 from pytest_kdriver.targets.target import CallTimeout, Io, LoadOutcome, ParameterValue
 from pytest_kdriver.targets.wine_loader import WineLoader
@@ -57,6 +58,7 @@ class MachineTarget:
         self._broken: str | None = None
         self._touched = False
         self._layouts: dict[str, ImageLayout] = {}
+        self._installed = Installed()
 
     # the guest
 
@@ -114,6 +116,7 @@ class MachineTarget:
             self.generation += 1
             self._go_on_with(self.machine.boot(self._run, self.log, self.generation))
             self._verify()
+            self._clean()
             if "snapshots" in self.capabilities:
                 self._go_on_with(self.machine.save(self.guest))
 
@@ -155,16 +158,40 @@ class MachineTarget:
                 last_to_first.callback(remove_file, self._spill)
             if self._log is not None:
                 last_to_first.callback(self._log.close)
+            last_to_first.callback(self._clean_behind)
             self._end_guest()
 
     def _end_guest(self) -> None:
         """End the guest that the machine has, also one that we were not given yet."""
-        self._guest = None
         try:
             if self._loader is not None:
                 self._loader.close()
+            self._clean()
         finally:
+            self._guest = None
             self.machine.end()
+
+    def _clean(self) -> list[str]:
+        """Remove what is still installed, where the machine stays; what could not be, in words."""
+        machine, guest = self.machine, self._guest
+        if not self._installed or guest is None or guest.agent.closed:
+            return []
+        return machine.clean(guest, self._installed) if isinstance(machine, LastingMachine) else []
+
+    def _clean_behind(self) -> None:
+        """Remove at the very end what the last guest's agent could not; tell what stays."""
+        machine = self.machine
+        if not self._installed or not isinstance(machine, LastingMachine):
+            return
+        try:
+            self._guest = machine.reach_again()
+            stays = self._clean() if self._guest is not None else []
+        finally:
+            self._guest = None
+            machine.end()
+        if self._installed:
+            names = sorted(self._installed.services | self._installed.files)
+            machine.tell(f"this is left there: {'; '.join(stays or names)}")
 
     def keep(self) -> str | None:
         """See ``Target``."""
@@ -287,24 +314,59 @@ class MachineTarget:
         path = f"{FOLDER}\\{sha256.hex()[:16]}\\{service}.sys"
         key = f"SYSTEM\\CurrentControlSet\\Services\\{service}\\Parameters"
         with self.agent_errors("install"):
+            self._installed.files.add(path)
             try:
                 if agent.hash(path, timeout=_left(deadline)) != sha256:
                     agent.put(content, path, timeout=_left(deadline))
-                agent.create_service(service, path, timeout=_left(deadline))
+                self._register(service, path, deadline)
             except AgentError as error:
-                if agent.query_service(service, timeout=_left(deadline)) is None:
+                if (refusal := in_words(error, service)) is None:
                     raise
+                self.break_down(f"{service} could not be installed")
+                raise TargetError(refusal, target=self.name) from error
+            for name, value in parameters.items():
+                agent.set_value(key, name, value, timeout=_left(deadline))
+
+    def _register(self, service: str, path: str, deadline: float) -> None:
+        """Register the service; one that a dead run left there goes first."""
+        agent = self.agent
+        try:
+            agent.create_service(service, path, timeout=_left(deadline))
+        except (LinkError, TimeoutError):
+            self._installed.services.add(service)  # it may be there all the same
+            raise
+        except AgentError as error:
+            if in_words(error, service) is not None:
+                raise
+            if agent.query_service(service, timeout=_left(deadline)) is None:
+                raise
+            if not self._remove_left(service, deadline):
                 raise ConfigError(
                     f"target {self.name!r} has a service {service!r} already; "
                     "give this driver's another name, with service="
                 ) from error
-            for name, value in parameters.items():
-                agent.set_value(key, name, value, timeout=_left(deadline))
+            agent.create_service(service, path, timeout=_left(deadline))
+        self._installed.services.add(service)
+
+    def _remove_left(self, service: str, deadline: float) -> bool:
+        """Remove a service of a run that died; whether it was one, and is gone."""
+        machine = self.machine
+        if not isinstance(machine, LastingMachine) or service in self._installed.services:
+            return False
+        machine.clean(self.guest, Installed(services={service}))
+        return self.agent.query_service(service, timeout=_left(deadline)) is None
 
     def uninstall(self, service: str, timeout: float) -> None:
         """See ``Target``."""
         with self.agent_errors("uninstall"):
-            self.agent.delete_service(service, timeout=timeout)
+            try:
+                self.agent.delete_service(service, timeout=timeout)
+            except AgentError as error:
+                if (refusal := in_words(error, service)) is None:
+                    raise
+                self.break_down(f"{service} could not be unregistered")
+                raise TargetError(refusal, target=self.name) from error
+        self._installed.services.discard(service)
 
     def load(self, service: str, timeout: float) -> LoadOutcome:
         """See ``Target``."""

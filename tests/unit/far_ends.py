@@ -121,15 +121,16 @@ def _send_output(output: IO[bytes], connection: socket.socket) -> None:
 
 
 class Sshd:
-    """A real SSH server, as an ordinary process of this user's."""
+    """A real SSH server, as an ordinary process of this user's, with SFTP or without."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, sftp: bool = True) -> None:
         program = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin")
         if program is None or shutil.which("ssh-keygen") is None:
             pytest.skip("sshd is not here; on Debian or Ubuntu: apt-get install openssh-server")
         if os.getuid() == 0:  # it insists on it, and else the system's service makes it
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         self.folder = folder
+        self._sftp = "Subsystem sftp internal-sftp\n" if sftp else ""
         folder.mkdir()
         self.host_key = self.new_key("host_key")
         self.key = self.new_key("key")
@@ -159,7 +160,7 @@ class Sshd:
         config.write_text(
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.host_key}\n"
             f"AuthorizedKeysFile {self.folder}/authorized_keys\nPidFile none\nStrictModes no\n"
-            "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
+            "UsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n" + self._sftp
         )
         log = (self.folder / "log").open("ab")
         self._process = subprocess.Popen(
@@ -183,6 +184,11 @@ class Sshd:
             "agent": False,
         }
         return SshConfig(**(values | changes))  # type: ignore[arg-type]
+
+    @property
+    def pid(self) -> int:
+        """Its process id; each connection has a child process of its own."""
+        return self._process.pid
 
     def kill(self) -> None:
         """End it with all that it serves, as a guest that loses its power."""

@@ -1,4 +1,4 @@
-"""An agent that an SSH server starts for us, over its standard input and output."""
+"""An agent that an SSH server starts for us, over its standard input and output. SFTP brings its file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import logging
 import socket
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from pytest_kdriver.errors import LinkError
 from pytest_kdriver.guest.links.outbox import Outbox
@@ -41,6 +42,8 @@ _LAST_WORDS = 2000
 _STANDARD_PORT = 22
 
 _Keys = Mapping[str, "paramiko.PKey"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,10 +187,132 @@ class SshLink:
                 self._errors.join()
 
 
+def place_file(config: SshConfig, content: bytes, path: str, *, timeout: float) -> bool:
+    """See to it by SFTP that the server's file ``path`` has ``content``; whether it had to be copied.
+
+    It appears whole or not at all. Folders are made. ``path`` is as SFTP has it. Errors are those of
+    ``SshLink``.
+    """
+    ssh = _paramiko()
+
+    def place(transport: paramiko.Transport) -> bool:
+        try:
+            sftp = ssh.SFTPClient.from_transport(transport)
+        except (ssh.SSHException, EOFError) as error:
+            if not transport.is_active():
+                raise
+            told = words(str(error)) or "it closed the channel"
+            raise LinkError(
+                f"the SSH server {config.host}:{config.port} has no SFTP ({told}): give its sshd_config the "
+                "line Subsystem sftp, with its sftp-server behind it"
+            ) from None
+        return _Sftp(sftp, f"on {config.host}:{config.port}").place(content, path)
+
+    transport, copied = _reach(config, f"take the file {path}", place, timeout)
+    _cut(transport)
+    return copied
+
+
+class _Sftp:
+    """An SFTP session. ``where`` says with whom."""
+
+    def __init__(self, client: paramiko.SFTPClient, where: str) -> None:
+        self._client = client
+        self._where = where
+
+    def place(self, content: bytes, path: str) -> bool:
+        if self._has(content, path):
+            return False
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.new"
+        try:
+            self._make_folder(path.rpartition("/")[0])
+            self._write(content, temporary)
+            self._rename(content, temporary, path)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self._client.remove(temporary)
+            raise
+        return True
+
+    def _has(self, content: bytes, path: str) -> bool:
+        try:
+            with self._client.open(path, "rb") as file:
+                return bytes(file.read(len(content) + 1)) == content
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise self._error(error, f"{path} can't be read") from None
+
+    def _make_folder(self, folder: str) -> None:
+        """Make it with what is missing above it."""
+        try:
+            self._client.stat(folder)
+        except FileNotFoundError:
+            above = folder.rpartition("/")[0]
+            if above:
+                self._make_folder(above)
+        except OSError as error:
+            raise self._error(error, f"the folder {folder} can't be entered") from None
+        else:
+            return
+        try:
+            self._client.mkdir(folder)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._client.stat(folder)
+                return  # another run was faster
+            raise self._error(error, f"the folder {folder} can't be made") from None
+
+    def _write(self, content: bytes, path: str) -> None:
+        try:
+            with self._client.open(path, "wb") as file:
+                file.write(content)
+        except OSError as error:
+            full = "" if error.errno else " (is its disk full?)"  # which SFTP has no word for
+            raise self._error(error, f"{path} can't be written{full}") from None
+
+    def _rename(self, content: bytes, path: str, name: str) -> None:
+        try:
+            self._client.posix_rename(path, name)  # OpenSSH's own, on Windows too
+        except OSError as error:
+            if self._has(content, name):
+                self._client.remove(path)  # another run was faster, and its agent may run already
+                return
+            raise self._error(
+                error,
+                f"{path} can't be renamed to {name} (if that is there, does it run? End it, or give the "
+                "target another agent_path)",
+            ) from None
+
+    def _error(self, error: OSError, told: str) -> OSError | LinkError:
+        """What to raise. A connection that ended is the caller's to tell."""
+        if (
+            isinstance(error, TimeoutError)
+            or not self._client.get_channel().get_transport().is_active()
+        ):
+            return error
+        why = words(error.strerror or str(error)) or "no reason was given"
+        return LinkError(f"{self._where}, {told}: {why}")
+
+
 def _connect(
     config: SshConfig, command: str, timeout: float
 ) -> tuple[paramiko.Transport, paramiko.Channel]:
     """Connect, check who is there, say who we are, and start the command."""
+
+    def start(transport: paramiko.Transport) -> paramiko.Channel:
+        transport.set_keepalive(KEEPALIVE)
+        channel = transport.open_session()
+        channel.exec_command(command)
+        return channel
+
+    return _reach(config, "start the agent", start, timeout)
+
+
+def _reach(
+    config: SshConfig, what: str, use: Callable[[paramiko.Transport], T], timeout: float
+) -> tuple[paramiko.Transport, T]:
+    """Connect, check who is there, say who we are, and do what ``use`` does, which is called ``what``."""
     ssh = _paramiko()
     where = f"SSH server {config.host}:{config.port}"
     deadline = time.monotonic() + timeout
@@ -205,10 +330,8 @@ def _connect(
             _check_host_key(config, transport.get_remote_server_key(), known)
             doing = "let us in"
             _authenticate(ssh, transport, config, key)
-            doing = "start the agent"
-            transport.set_keepalive(KEEPALIVE)
-            channel = transport.open_session()
-            channel.exec_command(command)
+            doing = what
+            done = use(transport)
     except BaseException as error:
         if transport is not None:
             _cut(transport)
@@ -222,7 +345,7 @@ def _connect(
     if time.monotonic() >= deadline:
         _cut(transport)
         raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s")
-    return transport, channel
+    return transport, done
 
 
 def _paramiko() -> ModuleType:
