@@ -244,6 +244,11 @@ class TestTheServer:
         with Server(lambda _: answer) as server:
             assert re.search(r"its answer has (more than )?\d+ bytes", refused(server.config()))
 
+    def test_that_sends_us_elsewhere_is_not_followed(self) -> None:
+        answer = b"HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
+        with Server(lambda _: answer) as server:
+            assert "it sends us elsewhere" in refused(server.config())
+
     def test_may_answer_in_pieces(self) -> None:
         body = fault(5, "No.").encode()
         answer = b"HTTP/1.1 500 X\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
@@ -380,6 +385,13 @@ class TestTheEnd:
                     time.sleep(0.002)
             assert b"".join(iter(link.receive, b"")) == b"bye\n"
             assert link.ended == "it ended with exit code 3 and said: sorry"
+
+    def test_comes_behind_what_was_sent(self, server: WsmanServer, tmp_path: Path) -> None:
+        got = tmp_path / "got"
+        link = WinrmLink(server.config(), f"cat >{got}", timeout=20)
+        link.send(MANY, 20)
+        link.close()
+        assert got.read_bytes() == MANY
 
     def test_ends_an_agent_that_stays(self, server: WsmanServer) -> None:
         link = WinrmLink(server.config(), command_line(DEAF), timeout=20, close_timeout=0.5)

@@ -101,6 +101,7 @@ class WinrmLink:
         self._unsendable: str | None = None
         self._ended: str | None = None
         self._closed = False
+        self._given_up = False
         self._outbox = Outbox(self._write)
         self._receiving = threading.Lock()
         self._closing = threading.Lock()
@@ -195,8 +196,9 @@ class WinrmLink:
     def _take_pending(self) -> bytes | None:
         with self._changed:
             self._busy = False
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._pending or self._why_not() is not None)
-            if self._why_not() is not None:
+            if not self._pending or self._ended or self._given_up:
                 return None
             chunk = bytes(self._pending)
             self._pending.clear()
@@ -236,6 +238,9 @@ class WinrmLink:
                     if not self._closed:
                         self._end(self._explain(error))
                     break
+                except BaseException:
+                    self._end("it was interrupted while it told something")
+                    raise
                 self._last_words = (self._last_words + output.stderr)[-_LAST_WORDS:]
                 if self._closed:
                     break
@@ -268,31 +273,44 @@ class WinrmLink:
             if self._closed:
                 return
             deadline = time.monotonic() + self._close_timeout
+            until = deadline - min(1.0, self._close_timeout / 2)
             with self._changed:
                 self._closed = True
                 self._changed.notify_all()
-                was_busy = self._busy
             self._receiver.line.cut()
-            if was_busy:
-                self._sender.line.cut()
-            self._thread.join()
-            if was_busy:
-                self._sender.line.mend()
-                self._sender.forget()
+            self._stop_thread(until)
             with self._outbox.lock, self._receiving:
                 self._receiver.close()
             with self._wsman.cut_at(self._sender.line, deadline):
-                self._end_agent(deadline)
+                self._end_agent(until, deadline)
             self._sender.close()
 
-    def _end_agent(self, deadline: float) -> None:
-        until = deadline - min(1.0, self._close_timeout / 2)
-        session = self._sender
-        try:
-            session.within(until - time.monotonic()).send_input(
-                self._shell, self._command, b"", end=True
+    def _stop_thread(self, until: float) -> None:
+        """Let what was handed over be sent, but not for ever."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not (self._pending or self._busy) or self._ended or self._unsendable,
+                max(0.0, until - time.monotonic()),
             )
-            is_over = False
+            self._given_up = True
+            self._changed.notify_all()
+            busy = self._busy
+        if busy:
+            self._sender.line.cut()
+        self._thread.join()
+        if busy:
+            self._sender.line.mend()
+            self._sender.forget()
+
+    def _end_agent(self, until: float, deadline: float) -> None:
+        """End its input, wait for its end, then delete the shell with whatever is in it."""
+        session = self._sender
+        is_over = self._ended is not None
+        try:
+            if not is_over:
+                session.within(until - time.monotonic()).send_input(
+                    self._shell, self._command, b"", end=True
+                )
             while not is_over and (left := until - time.monotonic()) > 0:
                 is_over = session.within(left).receive_output(self._shell, self._command).is_over
         except self._wsman.OperationTimeout:

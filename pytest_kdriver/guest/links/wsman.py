@@ -190,7 +190,9 @@ class _Adapter(HTTPAdapter):
 
 
 def _check_answer(request: requests.PreparedRequest, response: requests.Response) -> None:
-    """``BadAnswer`` for what is too long, or can be read by all though we encrypted what we asked."""
+    """``BadAnswer`` for what leads elsewhere, is too long, or is not encrypted though the request was."""
+    if response.is_redirect:
+        raise BadAnswer("it sends us elsewhere; a proxy or another server is there, not WinRM")
     unauthorized = response.status_code == requests.codes.unauthorized
     length = response.headers.get("Content-Length", "")
     if length.isdecimal() and int(length) > _LONGEST_ANSWER:
