@@ -236,17 +236,42 @@ class TestPypsrp:
 
     def test_hears_that_the_program_it_sends_to_has_ended(self, server: WsmanServer) -> None:
         with shell(server) as opened:
-            process = Process(opened, "exec <&-; exec sleep 1000")
+            process = Process(opened, "true")
+            process.invoke()
+            with pytest.raises(WSManFaultError) as caught:
+                process.send(b"x", end=False)
+            assert caught.value.code == PIPE_ENDED
+
+    def test_may_end_what_it_sends_once(self, server: WsmanServer) -> None:
+        with shell(server) as opened:
+            process = Process(opened, "cat; sleep 1000")
             process.begin_invoke()
+            process.send(b"x", end=True)
+            with pytest.raises(WSManFaultError) as caught:
+                process.send(b"y", end=False)
+            assert caught.value.code == PIPE_ENDED
+            assert polled(process).stdout == b"x"
 
-            def told() -> bool:
-                try:
-                    process.send(b"x", end=False)
-                except WSManFaultError as fault:
-                    return bool(fault.code == PIPE_ENDED)
-                return False
+    def test_hears_that_what_it_waits_for_was_ended(
+        self, server: WsmanServer, pool: ThreadPoolExecutor
+    ) -> None:
+        with shell(server) as opened, client(server) as wsman:
+            process = Process(opened, "echo x; exec sleep 1000")
+            process.begin_invoke()
+            until(lambda: polled(process).stdout)
+            waiting = pool.submit(process.poll_invoke)
+            other = WinRS(wsman)
+            other._selector_set = opened._selector_set
+            other.signal(SignalCode.TERMINATE, process.id or "")
+            with pytest.raises(WSManFaultError) as caught:
+                waiting.result(10)
+            assert caught.value.code in {995, 87}  # or it came too late
 
-            until(told)
+    def test_waits_for_a_command_that_is_silent_for_longer_than_a_request(
+        self, server: WsmanServer
+    ) -> None:
+        with shell(server, operation_timeout=1) as opened:
+            assert run(opened, "sleep 1.5; echo done").stdout == b"done\n"
 
     def test_with_a_wrong_password_stays_outside(self, server: WsmanServer) -> None:
         for https in (False, True):
@@ -639,14 +664,24 @@ class TestHostility:
 
     @pytest.mark.parametrize("users", ["", "tester", "tester:", ":secret", "a:secret:c"])
     def test_a_file_of_users_that_cannot_be_is_told(self, tmp_path: Path, users: str) -> None:
+        (tmp_path / "users").touch(mode=0o600)
         (tmp_path / "users").write_text(users)
+        assert "secret" not in self.told(tmp_path / "users")
+
+    def test_a_file_of_users_that_others_may_read_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / "users").write_text("tester:secret")
+        (tmp_path / "users").chmod(0o640)
+        assert "0600" in self.told(tmp_path / "users")
+
+    @staticmethod
+    def told(users: Path) -> str:
         ended = subprocess.run(
-            [sys.executable, PROGRAM, "--users", tmp_path / "users", "--http", "0"],
+            [sys.executable, PROGRAM, "--users", users, "--http", "0"],
             capture_output=True,
             text=True,
             timeout=30,
             check=False,
         )
         assert ended.returncode == 2
-        assert ended.stderr.startswith(f"wsman: {tmp_path}/users:")
-        assert "secret" not in ended.stderr
+        assert ended.stderr.startswith(f"wsman: {users}:")
+        return ended.stderr

@@ -429,11 +429,16 @@ class Command:
             )
             if not free:
                 raise _timed_out()
-            if (self._input_closed or self._input_ends) and (data or not end):
+            if self._input_closed or self._input_ends or self._nobody_reads():
                 raise _pipe_ended()
             self._pending = data
-            self._input_ends = self._input_ends or end
+            self._input_ends = end
             self._sending.notify_all()
+
+    def _nobody_reads(self) -> bool:
+        poll = select.poll()
+        poll.register(self._stdin, 0)
+        return bool(poll.poll(0))
 
     def _write(self) -> None:
         """Write what is pending, and close the program's input after the last of it."""
@@ -820,7 +825,12 @@ class Users:
 
 
 def read_users(path: Path) -> Users:
-    """Lines of user:password. ``ValueError`` for what NTLM's file of credentials could not hold."""
+    """Lines of user:password. ``ValueError`` for what NTLM's file of credentials could not hold.
+
+    And for a file that others may read.
+    """
+    if path.stat().st_mode & 0o077:
+        raise ValueError(f"{path}: others may read it; it must be of mode 0600")
     passwords: dict[str, bytes] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
@@ -984,9 +994,7 @@ class Handler(BaseHTTPRequestHandler):
         if self._context is None or self._context.complete:
             self._user, self._context = None, self._new_context()
         try:
-            answer = self._context.step(
-                base64.b64decode(token, validate=True), channel_bindings=self.server.bindings
-            )
+            answer = self._context.step(base64.b64decode(token, validate=True))
         except Exception:  # a token may be anything, and what can't be understood does not come in
             self._context = None
             return None
@@ -995,9 +1003,12 @@ class Handler(BaseHTTPRequestHandler):
             self._user = str(self._context.client_principal).lower()
         return self._user
 
-    @staticmethod
-    def _new_context() -> Any:
-        return spnego.server(protocol="negotiate", options=spnego.NegotiateOptions.use_negotiate)
+    def _new_context(self) -> Any:
+        return spnego.server(
+            protocol="negotiate",
+            options=spnego.NegotiateOptions.use_negotiate,
+            channel_bindings=self.server.bindings,
+        )
 
     def _refuse(self) -> None:
         """[MS-WSMV] 3.1.4.1.29.2, RFC 4559 section 4.1."""
