@@ -21,7 +21,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import spnego
 import winrm
+from pypsrp.encryption import WinRMEncryption
 from pypsrp.exceptions import AuthenticationError, WinRMTransportError, WSManFaultError
 from pypsrp.shell import CommandState, Process, SignalCode, WinRS
 from pypsrp.wsman import WSMan
@@ -647,6 +649,49 @@ class TestHostility:
                 response = opened.getresponse()
                 assert response.status == 401
                 response.read()
+
+    def test_who_came_in_came_in_by_one_connection(self, server: WsmanServer) -> None:
+        context = spnego.client(
+            USER, PASSWORD, protocol="ntlm", options=spnego.NegotiateOptions.use_ntlm
+        )
+        with (
+            connection(server, https=False) as opened,
+            connection(server, https=False) as another,
+        ):
+
+            def ask(by: http.client.HTTPConnection, token: bytes | None = None) -> tuple[int, str]:
+                text = base64.b64encode(token or b"").decode()
+                more = {} if token is None else {"Authorization": f"Negotiate {text}"}
+                by.request("POST", "/wsman", b"", more)
+                response = by.getresponse()
+                response.read()
+                return response.status, response.headers.get("WWW-Authenticate", "")
+
+            status, challenge = ask(opened, context.step())
+            assert status == 401
+            answer = context.step(base64.b64decode(challenge.removeprefix("Negotiate ")))
+            assert ask(another, answer)[0] == 401
+            assert ask(opened, answer) == (200, "")
+            assert ask(opened) == (200, "")
+            assert ask(another) == (401, "Negotiate")
+
+    def test_a_sealed_message_that_was_changed_is_refused(self, server: WsmanServer) -> None:
+        class Tampered(WinRMEncryption):
+            def wrap_message(self, message: bytes) -> tuple[str, bytes]:
+                kind, sealed = super().wrap_message(message)
+                tail = b"--Encrypted Boundary--\r\n"
+                data = sealed[: -len(tail)]
+                return kind, data[:-1] + bytes([data[-1] ^ 1]) + tail
+
+        with client(server) as wsman:
+            opened = WinRS(wsman)
+            opened.open()
+            sealing = wsman.transport.encryption
+            assert sealing is not None
+            wsman.transport.encryption = Tampered(sealing.context, sealing.protocol)
+            with pytest.raises(WinRMTransportError) as caught:
+                opened.close()
+            assert caught.value.code == 400
 
     def test_a_sealed_message_of_nobody_is_refused(self, server: WsmanServer) -> None:
         kind = (
