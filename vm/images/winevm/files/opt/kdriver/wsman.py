@@ -69,7 +69,7 @@ _PREFIXES: Final = {
 }
 
 MAX_TIMEOUT: Final = 60.0
-"""MaxTimeoutms ([MS-WSMV] 2.2.4.10), in seconds; what stands for a longer one, and for none (3.1.4.1.8)."""
+"""MaxTimeoutms ([MS-WSMV] 2.2.4.10), in seconds; what stands for a longer one, and for none (3.1.4.1.6)."""
 
 IDLE_TIMEOUT: Final = 7200.0
 """How long, in seconds, a shell that nobody uses is kept, if Create says nothing else (IdleTimeOut)."""
@@ -152,7 +152,7 @@ class Fault(Exception):
 
 
 def _timed_out() -> Fault:
-    # [MS-WSMV] 3.1.4.14, and 3.1.4.1.8 for the other operations.
+    # [MS-WSMV] 3.1.4.14, and 3.1.4.1.6 for the other operations.
     return Fault(
         "w:TimedOut",
         2150858793,
