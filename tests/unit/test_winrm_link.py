@@ -32,6 +32,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from winrm.exceptions import WSManFaultError
 
 from pytest_kdriver.guest.links import wsman as sessions
 from tests.unit.wsman_server import HOST, PASSWORD, USER, WsmanServer
@@ -284,6 +285,18 @@ class TestTheServer:
     def test_that_opens_no_shell_says_why(self, code: int, expected: str) -> None:
         with Server(lambda _: http(500, fault(code, "Too many."))) as server:
             assert expected in refused(server.config())
+
+    def test_that_has_as_many_shells_as_it_may_have_says_so(self, tmp_path: Path) -> None:
+        with (
+            WsmanServer(tmp_path / "wsman") as server,
+            closing(sessions.Session(server.config()).within(10)) as session,
+        ):
+            with contextlib.suppress(WSManFaultError):
+                for _ in range(100):
+                    session.open()
+            told = refused(server.config())
+        assert "did not open a shell: " in told
+        assert "a quota of its is used up; end other shells" in told
 
     def test_may_allow_small_envelopes_only(self, tmp_path: Path) -> None:
         with WsmanServer(tmp_path / "wsman", "--max-envelope-kb", "64") as server:

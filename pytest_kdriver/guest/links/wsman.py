@@ -416,10 +416,9 @@ def _explain_fault(error: Exception, _config: WinrmConfig) -> str:
     assert isinstance(error, WSManFaultError)
     code = error.wsman_fault_code
     told = words(error.reason.strip())
-    if code is None:
-        return told
-    told = f"{told} (0x{code:08X})"
-    if code in _QUOTAS:
+    if code is not None:
+        told = f"{told} (0x{code:08X})"
+    if code in _QUOTAS or (error.fault_subcode or "").endswith(":QuotaLimit"):
         return (
             f"{told}: a quota of its is used up; end other shells, or raise it (winrm/config/winrs)"
         )
@@ -441,8 +440,13 @@ def _explain_status(error: Exception, config: WinrmConfig) -> str:
     return f"{told}: {words(text[:200])}" if text else told
 
 
+_HUNG_UP = "the connection was lost: it hung up"
+
+
 def _explain_certificate(error: Exception, config: WinrmConfig) -> str:
     cause = _find(error, ssl.SSLCertVerificationError)
+    if _find(error, ssl.SSLEOFError) is not None:
+        return _HUNG_UP
     if cause is None:
         return f"TLS did not work out: {words(str(_find(error, ssl.SSLError) or error))}"
     told = f"its certificate is not accepted: {words(cause.verify_message)}"
@@ -467,7 +471,7 @@ def _explain_connection(error: Exception, _config: WinrmConfig) -> str:
         return f"its name can't be resolved: {cause.strerror}"
     if cause is not None and cause.strerror:
         return f"the connection was lost: {cause.strerror}"
-    return "the connection was lost: it hung up"
+    return _HUNG_UP
 
 
 def _explain_xml(error: Exception, _config: WinrmConfig) -> str:
