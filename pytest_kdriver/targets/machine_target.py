@@ -13,8 +13,10 @@ from typing import Final
 
 from pytest_kdriver.errors import AgentError, ConfigError, LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent, IoOutcome
-from pytest_kdriver.image.pe import ImageLayout, read_layout
+from pytest_kdriver.image.authenticode import read_signature
+from pytest_kdriver.image.pe import ImageLayout, read_image, read_layout
 from pytest_kdriver.image.preflight import Report
+from pytest_kdriver.image.signing import NotSigned, SignatureError, signed_copy
 from pytest_kdriver.kernel.events import Fence, KernelMessage
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
@@ -216,11 +218,26 @@ class MachineTarget:
 
     def repair(self) -> None:
         """See ``Target``."""
+        untold = None
         if self._guest is not None and self._guest.agent.closed:
+            if self._broken is None:
+                untold = self._lost_with()
             self.break_down(self._why_gone())
         if self._broken is not None:
             self._renew()
         self.start()
+        if untold is not None:
+            raise TargetError(untold, target=self.name)
+
+    def _lost_with(self) -> str | None:
+        """What to tell where a machine that stays lost its agent between two calls of a test; None: nothing.
+
+        It may have gone down with a driver, and without a kernel log nobody else would say so.
+        """
+        if not isinstance(self.machine, LastingMachine) or not self._installed.services:
+            return None
+        names = ", ".join(sorted(self._installed.services))
+        return f"the connection was lost while {names} was installed: {self._why_gone()}"
 
     def revert(self) -> None:
         """See ``Target``."""
@@ -300,7 +317,19 @@ class MachineTarget:
 
     def preflight(self, image: Path) -> Report:
         """See ``Target``."""
-        return self.machine.preflight(image)
+        return self.machine.preflight(self._for_guest(image))
+
+    def _for_guest(self, image: Path) -> Path:
+        """The file that the guest gets: a Windows takes none that nobody signed."""
+        if self.guest.agent.info.wine_version is not None or self._run is None:
+            return image
+        try:
+            read_signature(read_image(image))
+        except NotSigned:
+            return signed_copy(image, self._run.path / "signed")
+        except SignatureError:
+            pass  # which pre-flight tells
+        return image
 
     def install(
         self, service: str, image: Path, parameters: Mapping[str, ParameterValue], timeout: float
@@ -309,7 +338,7 @@ class MachineTarget:
         self._layouts[service] = read_layout(image)
         deadline = time.monotonic() + timeout
         agent = self.agent
-        content = image.read_bytes()
+        content = self._for_guest(image).read_bytes()
         sha256 = hashlib.sha256(content).digest()
         path = f"{FOLDER}\\{sha256.hex()[:16]}\\{service}.sys"
         key = f"SYSTEM\\CurrentControlSet\\Services\\{service}\\Parameters"

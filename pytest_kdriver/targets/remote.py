@@ -12,8 +12,8 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -22,7 +22,7 @@ from pytest_kdriver.errors import AgentError, KdriverError, LinkError, TargetErr
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.links.link import Link
-from pytest_kdriver.guest.links.ssh import SshConfig, SshLink, place_file
+from pytest_kdriver.guest.links.ssh import SshConfig, SshLink, SshServerDown, place_file
 from pytest_kdriver.image.preflight import Report, preflight
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.remote_config import AGENT_PLACE, RemoteConfig
@@ -58,15 +58,19 @@ class Way(Protocol):
         ...
 
     def place_agent(self, content: bytes, path: str, timeout: float) -> None:
-        """See to it that the machine's file ``path`` has ``content``.
-
-        Raises ``LinkError``, ``TimeoutError``.
-        """
+        """See to it that the machine's file ``path`` has ``content``. Errors are those of ``open``."""
         ...
 
     def open(self, path: str, timeout: float) -> Link:
-        """A link to an agent that is started from ``path``. Raises ``LinkError``, ``TimeoutError``."""
+        """A link to an agent that is started from ``path``.
+
+        Raises ``LinkError``, ``TimeoutError``; ``NotUpError`` where the machine may be on its way up.
+        """
         ...
+
+
+class NotUpError(LinkError):
+    """Nobody is there to talk to, yet."""
 
 
 class SshWay:
@@ -83,12 +87,14 @@ class SshWay:
 
     def place_agent(self, content: bytes, path: str, timeout: float) -> None:
         """See ``Way``."""
-        place_file(self._ssh(), content, sftp_path(path), timeout=timeout)
+        with _waited_for():
+            place_file(self._ssh(), content, sftp_path(path), timeout=timeout)
 
     def open(self, path: str, timeout: float) -> Link:
         """See ``Way``."""
         command = self._config.ssh_command.replace(AGENT_PLACE, path)
-        return SshLink(self._ssh(), command, timeout=timeout)
+        with _waited_for():
+            return SshLink(self._ssh(), command, timeout=timeout)
 
     def _ssh(self) -> SshConfig:
         config = self._config
@@ -155,7 +161,7 @@ class RemoteMachine:
                     raise
             except (TimeoutError, LinkError, _InUseError) as error:
                 in_use = error if isinstance(error, _InUseError) else in_use
-                refused = isinstance(error, LinkError) and not _may_pass(error)
+                refused = isinstance(error, LinkError) and not isinstance(error, NotUpError)
                 if refused or time.monotonic() >= deadline:
                     raise self._unreached(in_use or error) from None
                 if isinstance(error, TimeoutError):
@@ -295,9 +301,13 @@ class _InUseError(Exception):
     """Another run has the machine; the message says so."""
 
 
-def _may_pass(error: LinkError) -> bool:
-    """Whether the next attempt may have another answer: the machine may be on its way up."""
-    return "did not take the connection" in str(error) or "hung up" in str(error)
+@contextmanager
+def _waited_for() -> Iterator[None]:
+    """Tell a server that may be on its way up from one that says no."""
+    try:
+        yield
+    except SshServerDown as error:
+        raise NotUpError(str(error)) from None
 
 
 def agent_path(path: str, content: bytes) -> str:

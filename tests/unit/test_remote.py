@@ -20,18 +20,24 @@ from pytest_kdriver.driver import Driver
 from pytest_kdriver.errors import ConfigError, LinkError, StopFailed, TargetError
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.links.link import Link
-from pytest_kdriver.guest.links.ssh import place_file
+from pytest_kdriver.guest.links.ssh import SshServerDown, place_file
 from pytest_kdriver.guest.wire import Message
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.remote_config import RemoteConfig
 from pytest_kdriver.targets import nt_loader
 from pytest_kdriver.targets import remote as remote_module
 from pytest_kdriver.targets.machine_target import START_ATTEMPTS, MachineTarget
-from pytest_kdriver.targets.remote import RemoteMachine, agent_path, password_variable, sftp_path
+from pytest_kdriver.targets.remote import (
+    NotUpError,
+    RemoteMachine,
+    agent_path,
+    password_variable,
+    sftp_path,
+)
 from pytest_kdriver.win32error import Win32Error
 from tests.pe_builder import build
 from tests.signature_builder import with_signature
-from tests.unit.far_ends import PATIENCE, Sshd
+from tests.unit.far_ends import PATIENCE, Sshd, until
 from tests.unit.test_agent import HELLO, FakeGuest
 
 CONTENT = b"an agent" * 10_000
@@ -56,6 +62,17 @@ class TestPaths:
 
 
 class TestPlacingAFile:
+    def test_where_no_server_is_up_is_told_from_a_refusal(self, sshd: Sshd) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            with pytest.raises(SshServerDown, match="did not take the connection"):
+                place_file(sshd.config(port=port), CONTENT, "/file", timeout=PATIENCE)
+        key = sshd.new_key("unknown")
+        with pytest.raises(LinkError, match="did not let the user") as refused:
+            place_file(sshd.config(key=key), CONTENT, "/file", timeout=PATIENCE)
+        assert not isinstance(refused.value, SshServerDown)
+
     def test_makes_its_folders_and_copies_once(self, sshd: Sshd, tmp_path: Path) -> None:
         path = tmp_path / "a" / "b" / "file"
         assert place_file(sshd.config(), CONTENT, str(path), timeout=PATIENCE)
@@ -373,7 +390,7 @@ class TestATarget:
             target(windows, timeout=0.1)
 
     def test_that_is_on_its_way_up_is_waited_for(self, target: Make) -> None:
-        down = LinkError("the SSH server lab:22 did not take the connection: refused")
+        down = NotUpError("the SSH server lab:22 did not take the connection: refused")
         assert target(down, Windows()).describe().startswith("Windows")
 
     def test_that_lets_nobody_in_is_not_asked_again(self, target: Make) -> None:
@@ -399,6 +416,22 @@ class TestATarget:
         first.close()
         made.close()
         assert (second.services, second.files, second.states) == ({}, {}, {"hello": 1})
+
+    def test_whose_agent_was_lost_between_two_calls_of_a_test_fails_it_once(
+        self, target: Make, image: Path
+    ) -> None:
+        first, second = Windows(), Windows()
+        made = target(first, second)
+        hello = driver(made, image)
+        hello.start()
+        second.services, second.files, second.states = first.services, first.files, first.states
+        first.close()
+        until(lambda: made.agent.closed)
+        with pytest.raises(TargetError, match="the connection was lost while hello was installed"):
+            hello.stop()
+        hello.finish()
+        made.repair()
+        assert driver(made, image).start() == NTSTATUS.STATUS_SUCCESS
 
     def test_tells_what_it_could_not_remove(
         self, target: Make, image: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,9 @@ _TICK = 0.2
 _LAST_WORDS = 2000
 """How many bytes of what the agent writes to its standard error are kept."""
 
+_LOST = (EOFError, OSError)
+"""What a channel raises where the connection ends while it tells the other side how much it has read."""
+
 _STANDARD_PORT = 22
 
 _Keys = Mapping[str, "paramiko.PKey"]
@@ -63,6 +66,10 @@ class SshConfig:
     known_hosts: Path | None = None
     agent: bool = True
     host_key_alias: str | None = None
+
+
+class SshServerDown(LinkError):
+    """Nobody listens there, or hangs up before a word: the machine may be on its way up."""
 
 
 class SshLink:
@@ -117,7 +124,7 @@ class SshLink:
                 if left > _TICK:
                     continue
                 return bytes(rest)
-            except OSError:
+            except _LOST:
                 break
             finally:
                 self._channel.settimeout(_TICK)
@@ -141,6 +148,8 @@ class SshLink:
                     data = b""
                     if not exited:
                         continue
+                except _LOST:
+                    data = b""
                 if self._closed:
                     break
                 if data:
@@ -168,6 +177,8 @@ class SshLink:
                 data = bytes(self._channel.recv_stderr(_CHUNK))
             except TimeoutError:
                 continue
+            except _LOST:
+                return
             if not data:
                 return
             self._last_words = (self._last_words + data)[-_LAST_WORDS:]
@@ -244,13 +255,13 @@ class _Sftp:
             raise self._error(error, f"{path} can't be read") from None
 
     def _make_folder(self, folder: str) -> None:
-        """Make it with what is missing above it."""
+        """Make it with what is missing above it; a drive of Windows is there."""
+        if not folder or folder.endswith(":"):
+            return
         try:
             self._client.stat(folder)
         except FileNotFoundError:
-            above = folder.rpartition("/")[0]
-            if above:
-                self._make_folder(above)
+            self._make_folder(folder.rpartition("/")[0])
         except OSError as error:
             raise self._error(error, f"the folder {folder} can't be entered") from None
         else:
@@ -320,6 +331,7 @@ def _reach(
     key = _read_key(ssh, config)
     doing = "take the connection"
     transport = None
+    met = False
     try:
         connection = socket.create_connection((config.host, config.port), timeout)
         _watch_peer(connection)
@@ -327,6 +339,7 @@ def _reach(
         with _cut_at(transport, deadline):
             doing = "say who it is"
             _start(transport, known, timeout)
+            met = True
             _check_host_key(config, transport.get_remote_server_key(), known)
             doing = "let us in"
             _authenticate(ssh, transport, config, key)
@@ -341,7 +354,8 @@ def _reach(
         if isinstance(error, TimeoutError) or time.monotonic() >= deadline:
             raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s") from None
         told = words(str(error)) or "it hung up"
-        raise LinkError(f"the {where} did not {doing}: {told}") from None
+        kind = LinkError if met else SshServerDown
+        raise kind(f"the {where} did not {doing}: {told}") from None
     if time.monotonic() >= deadline:
         _cut(transport)
         raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s")
