@@ -157,6 +157,7 @@ class RemoteMachine:
                 try:
                     self._have_it_alone(agent, path)
                 except BaseException:
+                    self._former.add(agent.info.pid)
                     agent.close()
                     raise
             except (TimeoutError, LinkError, _InUseError) as error:
@@ -192,7 +193,6 @@ class RemoteMachine:
                 agent.terminate(pid, timeout=CLEAN_TIMEOUT)
         strangers = [process for process in others if process.pid not in self._former]
         if strangers:
-            self._former.add(agent.info.pid)
             name, pid = strangers[0].name, strangers[0].pid
             raise _InUseError(
                 f"another run has it: {name} runs there, as process {pid}. A remote machine takes one run, "

@@ -389,6 +389,15 @@ class TestATarget:
         ):
             target(windows, timeout=0.1)
 
+    def test_ends_the_agent_of_its_own_lost_connection(self, target: Make) -> None:
+        first, second = Windows(), Windows({messages.Hello: replace(HELLO, pid=5)})
+        made = target(first, second)
+        second.others = (messages.Process(pid=4, parent=1, name="kdagent-0123456789abcdef.exe"),)
+        first.close()
+        until(lambda: made.agent.closed)
+        made.repair()
+        assert second.asked(messages.Terminate) == [messages.Terminate(pid=4, exit_code=1)]
+
     def test_that_is_on_its_way_up_is_waited_for(self, target: Make) -> None:
         down = NotUpError("the SSH server lab:22 did not take the connection: refused")
         assert target(down, Windows()).describe().startswith("Windows")
