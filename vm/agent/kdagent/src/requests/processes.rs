@@ -9,12 +9,26 @@ use crate::handle::Owned;
 use crate::session::Session;
 use crate::{sys, text};
 
+/// On a busy Wine a list was seen to be refused, with ERROR_FILE_NOT_FOUND, once in thousands of times.
+const ATTEMPTS: u32 = 5;
+
+/// Milliseconds between two of them.
+const PAUSE: u32 = 20;
+
 /// The processes that run.
 pub fn list() -> Answer<Processes> {
     const DOING: &str = "list the processes";
-    // SAFETY: no preconditions.
-    let snapshot = unsafe { sys::CreateToolhelp32Snapshot(sys::TH32CS_SNAPPROCESS, 0) };
-    let snapshot = Owned::new(snapshot, DOING)?;
+    let mut attempt = 1;
+    let snapshot = loop {
+        // SAFETY: no preconditions.
+        let snapshot = unsafe { sys::CreateToolhelp32Snapshot(sys::TH32CS_SNAPPROCESS, 0) };
+        match Owned::new(snapshot, DOING) {
+            Err(_) if attempt < ATTEMPTS => attempt += 1,
+            result => break result?,
+        }
+        // SAFETY: no preconditions.
+        unsafe { sys::Sleep(PAUSE) };
+    };
     let mut entry = sys::ProcessEntry {
         size: size_of::<sys::ProcessEntry>() as u32,
         usage: 0,
