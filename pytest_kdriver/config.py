@@ -109,6 +109,11 @@ class Config:
         return known
 
 
+def password_variable(target: str) -> str:
+    """The environment variable that has a target's password; a config has none."""
+    return "KDRIVER_PASSWORD_" + re.sub(r"[^A-Z0-9]", "_", target.upper())
+
+
 def find_root(start: Path) -> Path:
     """The nearest folder from ``start`` upwards that has a kdriver config, else ``start``."""
     for folder in (start, *start.parents):

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
-from pytest_kdriver.config import TargetConfig
+from pytest_kdriver.config import TargetConfig, password_variable
 from pytest_kdriver.errors import AgentError, KdriverError, LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.executable import AGENT
@@ -322,8 +322,3 @@ def sftp_path(path: str) -> str:
     PowerShell/Win32-OpenSSH).
     """
     return "/" + path.replace("\\", "/") if path[1:2] == ":" else path
-
-
-def password_variable(target: str) -> str:
-    """The environment variable that has a target's password."""
-    return "KDRIVER_PASSWORD_" + re.sub(r"[^A-Z0-9]", "_", target.upper())

@@ -15,7 +15,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
-from pytest_kdriver.config import TargetConfig
+from pytest_kdriver.config import TargetConfig, password_variable
 from pytest_kdriver.driver import Driver
 from pytest_kdriver.errors import ConfigError, LinkError, StopFailed, TargetError
 from pytest_kdriver.guest import messages
@@ -31,7 +31,6 @@ from pytest_kdriver.targets.remote import (
     NotUpError,
     RemoteMachine,
     agent_path,
-    password_variable,
     sftp_path,
 )
 from pytest_kdriver.win32error import Win32Error

@@ -259,22 +259,7 @@ class TestARun:
         self, project: pytest.Pytester, run: Run, verdicts: Verdicts, lab: Lab
     ) -> None:
         choose(project, lab)
-        project.makepyfile(
-            test_first="""
-            import pathlib, time
-            import pytest
-
-            @pytest.mark.kdriver("hello", leaks="allow")
-            def test_first(kdriver):
-                kdriver.start()
-                pathlib.Path("up").touch()
-                while not pathlib.Path("go").exists():
-                    time.sleep(0.05)
-            """,
-            test_second=HELLO,
-        )
-        first = begin(project, "test_first.py")
-        until((project.path / "up").exists)
+        first = begin_holding(project)
         second = begin(project, "test_second.py")
         until(lambda: len(lab.agent_processes()) > 1)
         (project.path / "go").touch()
@@ -285,22 +270,7 @@ class TestARun:
         self, project: pytest.Pytester, run: Run, verdicts: Verdicts, lab: Lab
     ) -> None:
         choose(project, lab)
-        project.makepyfile(
-            test_first="""
-            import pathlib, time
-            import pytest
-
-            @pytest.mark.kdriver("hello", leaks="allow")
-            def test_first(kdriver):
-                kdriver.start()
-                pathlib.Path("up").touch()
-                while not pathlib.Path("go").exists():
-                    time.sleep(0.05)
-            """,
-            test_second=HELLO,
-        )
-        first = begin(project, "test_first.py")
-        until((project.path / "up").exists)
+        first = begin_holding(project)
         settings = project.path / "kdriver.toml"
         settings.write_text(settings.read_text().replace("timeout = 60", "timeout = 10"))
         result = run("test_second.py")
@@ -308,6 +278,27 @@ class TestARun:
         assert first.wait(60) == 0
         assert verdicts(result) == {"test_hello[lab]": "ERROR"}
         result.stdout.fnmatch_lines(["*another run has it: kdagent-*.exe runs there, as process*"])
+
+
+def begin_holding(project: pytest.Pytester) -> subprocess.Popen[bytes]:
+    """A run that has the machine until there is a file "go"; beside it lies one that wants it, too."""
+    project.makepyfile(
+        test_first="""
+        import pathlib, time
+        import pytest
+
+        @pytest.mark.kdriver("hello", leaks="allow")
+        def test_first(kdriver):
+            kdriver.start()
+            pathlib.Path("up").touch()
+            while not pathlib.Path("go").exists():
+                time.sleep(0.05)
+        """,
+        test_second=HELLO,
+    )
+    first = begin(project, "test_first.py")
+    until((project.path / "up").exists)
+    return first
 
 
 class TestARunThatCanTBeginTells:

@@ -8,7 +8,6 @@ the QEMU that runs, so that the sockets stay, and begins new sessions on them.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import threading
@@ -17,7 +16,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
-from pytest_kdriver.config import TargetConfig
+from pytest_kdriver.config import TargetConfig, password_variable
 from pytest_kdriver.errors import LinkError, TargetError
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent
@@ -495,11 +494,6 @@ def need_room(folder: Path, size: int) -> None:
             f"a clone of the guest takes up to {size >> 20} MiB, and {free >> 20} MiB are free in {folder}: "
             f"{MORE_ROOM}"
         )
-
-
-def password_variable(target: str) -> str:
-    """The environment variable that has a target's SSH password."""
-    return "KDRIVER_PASSWORD_" + re.sub(r"[^A-Z0-9]", "_", target.upper())
 
 
 def set_clock(agent: Agent) -> None:
