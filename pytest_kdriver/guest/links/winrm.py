@@ -342,6 +342,11 @@ class _Lines:
             raise LinkError(f"it sends a line that is no base64 ({error})") from None
 
 
+def open_agent(config: WinrmConfig, command: str, *, timeout: float) -> WinrmLink:
+    """A link to the agent that ``command`` starts there. Errors are those of ``WinrmLink``."""
+    return WinrmLink(config, command, timeout=timeout)
+
+
 _FIREWALL = (
     ": is the machine up, is WinRM set up there, and does the firewall let us in? "
     "Where the network's profile is Public, Windows' does not (0x80338169)"
