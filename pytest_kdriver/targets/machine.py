@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.targets.runs import Run
+
+FOLDER: Final = "C:\\kdriver"
+"""Each image has a folder of its own in it, named after its hash: what is there need not be copied again, and
+what ran, and may be mapped for a while, is never replaced."""
 
 
 class LogFeed(Protocol):

@@ -22,7 +22,14 @@ from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.leftovers import REMOVERS, SPILL, remove_file
 from pytest_kdriver.targets.loader import SERVICES_GONE, Loader
-from pytest_kdriver.targets.machine import Guest, Installed, LastingMachine, LogFeed, Machine
+from pytest_kdriver.targets.machine import (
+    FOLDER,
+    Guest,
+    Installed,
+    LastingMachine,
+    LogFeed,
+    Machine,
+)
 from pytest_kdriver.targets.nt_loader import NtLoader
 from pytest_kdriver.targets.refusals import in_words
 from pytest_kdriver.targets.runs import Run, collect_garbage
@@ -38,9 +45,6 @@ START_ATTEMPTS: Final = 3
 """On a busy machine services.exe was seen, once in hundreds of starts, to be gone before it served."""
 
 FENCE_TIMEOUT: Final = 30.0
-FOLDER: Final = "C:\\kdriver"
-"""Each image has a folder of its own in it, named after its hash: what is there need not be copied again, and
-what ran, and may be mapped for a while, is never replaced."""
 
 
 class MachineTarget:

@@ -26,8 +26,7 @@ from pytest_kdriver.guest.links.ssh import SshConfig, SshLink, SshServerDown, pl
 from pytest_kdriver.image.preflight import Report, preflight
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.remote_config import AGENT_PLACE, RemoteConfig
-from pytest_kdriver.targets.machine import Guest, Installed
-from pytest_kdriver.targets.machine_target import FOLDER
+from pytest_kdriver.targets.machine import FOLDER, Guest, Installed
 from pytest_kdriver.targets.runs import Run
 from pytest_kdriver.win32error import Win32Error
 

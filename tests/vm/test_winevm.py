@@ -17,7 +17,8 @@ from pytest_kdriver.kernel.events import KernelMessage
 from pytest_kdriver.targets.libvirt import machine as libvirt_machine
 from pytest_kdriver.targets.libvirt.domain import Domain
 from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
-from pytest_kdriver.targets.machine_target import FOLDER, MachineTarget
+from pytest_kdriver.targets.machine import FOLDER
+from pytest_kdriver.targets.machine_target import MachineTarget
 
 DRIVERS = Path(__file__).parents[2] / "drivers" / "Cargo.toml"
 CANARY = r"C:\canary"
