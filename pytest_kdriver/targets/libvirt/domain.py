@@ -27,6 +27,7 @@ _MONITOR_TIMEOUT: Final = 30.0
 _SNAPSHOT_TIMEOUT: Final = 120.0
 _END_TIMEOUT: Final = 10.0
 _JOB_INTERVAL: Final = 0.005
+_KEY_HELD: Final = 50  # milliseconds
 _RESETS_WHILE_BOOTING: Final = 2  # Windows does it; a triple fault does it again and again
 
 _DROP: Final = (
@@ -66,7 +67,8 @@ class Domain:
     """One domain. ``stopped`` is None while it runs as it should, else why it does not.
 
     ``on_stop`` is called with the same words as soon as an event of libvirt's or QEMU's says so, in the
-    thread that hears it: it must not wait, nor ask libvirt. One thread at a time uses the rest.
+    thread that hears it: it must not wait, nor ask libvirt. One thread at a time uses the rest. A guest
+    that ``may_restart`` does so as often as it likes; any other is taken to have failed.
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class Domain:
         spec: DomainSpec,
         *,
         on_stop: Callable[[str], None] | None = None,
+        may_restart: bool = False,
     ) -> None:
         self.spec = spec
         self.resets = 0
         self._hypervisor = hypervisor
         self._on_stop = on_stop
+        self._may_restart = may_restart
         self._lock = threading.Lock()
         self._stopped: str | None = "not started"
         self._resets_allowed = _RESETS_WHILE_BOOTING
@@ -214,6 +218,20 @@ class Domain:
         """Write the guest's screen to ``path``, a PNG. Raises ``TargetError``."""
         screenshot(self._hypervisor, self.spec.name, path, timeout=timeout)
 
+    def press(self, key: int) -> None:
+        """Press a key of the keyboard; its number is Linux' (``linux/input-event-codes.h``)."""
+        codes = libvirt.VIR_KEYCODE_SET_LINUX
+        call(self._domain().sendKey, codes, _KEY_HELD, [key], 1, 0)
+
+    def press_power_button(self) -> None:
+        """Ask the guest by ACPI to shut down."""
+        call(self._domain().shutdown)
+
+    def transferred(self, device: str) -> tuple[int, int]:
+        """How many bytes the guest has read from a disk or a CD ("vda", "sdb"), and written to it."""
+        _, read, _, written, _ = call(self._domain().blockStats, device)
+        return read, written
+
     def console_tail(self, lines: int = 20) -> list[str]:
         """The last lines that the guest said on its console; none where that is not a file."""
         return console_tail(self.spec.console, lines) if self.spec.console is not None else []
@@ -331,7 +349,7 @@ class Domain:
 
     def _note_reset(self) -> None:
         self.resets += 1
-        if self.resets <= self._resets_allowed:
+        if self._may_restart or self.resets <= self._resets_allowed:
             return
         if self.resets == 1 or self._methods:
             self._note("the guest reset itself (a reboot, or a triple fault)")

@@ -24,6 +24,9 @@ Panic = Literal["isa", "hyperv", "none"]
 _QEMU: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _SLOT: Final = 0x1E  # libvirt deals them out from the other end, and does not know of this one
+CDROMS: Final = ("sdb", "sdc", "sdd", "sde", "sdf")
+"""What libvirt calls the CDs: the ports of a q35's SATA that a disk leaves."""
+
 _XML: Final = re.compile(r"[\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]*")
 """What XML can say (XML 1.0, 2.2), without what a reader takes for a line's end."""
 
@@ -39,7 +42,8 @@ class DomainSpec:
     ``ports`` are the guest's serial ports ("virtio:NAME", "com1" to "com4") and the Unix sockets on the
     host that they are. ``console`` is a file that gets what the guest says on its first COM port, where
     that port is not in ``ports``. ``forwards`` are TCP ports of the guest which loopback ports of the
-    host lead to; the host's are free ones, see ``Domain.forwarded``. ``memory`` in MiB.
+    host lead to; the host's are free ones, see ``Domain.forwarded``. ``memory`` in MiB. ``media`` are the
+    CDs of an installation: the first is booted while the disk can't be.
     """
 
     name: str
@@ -52,6 +56,7 @@ class DomainSpec:
     cpus: int = 1
     bus: Literal["virtio", "sata"] = "virtio"
     cdrom: Path | None = None
+    media: tuple[Path, ...] = ()
     kernel: Path | None = None
     initrd: Path | None = None
     cmdline: str | None = None
@@ -96,7 +101,7 @@ class DomainSpec:
 
     def _files(self) -> list[Path]:
         files = [self.emulator, self.disk, self.cdrom, self.kernel, self.initrd, self.varstore]
-        return [path for path in (*files, self.console) if path is not None] + [
+        return [path for path in (*files, *self.media, self.console) if path is not None] + [
             p for _, p in self.ports
         ]
 
@@ -183,9 +188,14 @@ def _add_devices(domain: ET.Element, spec: DomainSpec) -> None:
     devices = ET.SubElement(domain, "devices")
     _text(devices, "emulator", str(spec.emulator))
     if spec.disk is not None:
-        _add_disk(devices, spec.disk, device="disk", driver="qcow2", target="vda", bus=spec.bus)
-    if spec.cdrom is not None:
-        _add_disk(devices, spec.cdrom, device="cdrom", driver="raw", target="sdb", bus="sata")
+        boot = 1 if spec.media else None
+        _add_disk(
+            devices, spec.disk, device="disk", driver="qcow2", target="vda", bus=spec.bus, boot=boot
+        )
+    cdroms = ([spec.cdrom] if spec.cdrom is not None else []) + list(spec.media)
+    for target, path in zip(CDROMS, cdroms, strict=False):
+        boot = 2 if spec.media and path == spec.media[0] else None
+        _add_disk(devices, path, device="cdrom", driver="raw", target=target, bus="sata", boot=boot)
     ET.SubElement(devices, "controller", type="usb", model="none")
     _add_ports(devices, spec)
     if spec.nic != "none" and spec.network != "user":
@@ -205,12 +215,21 @@ def _add_devices(domain: ET.Element, spec: DomainSpec) -> None:
 
 
 def _add_disk(
-    devices: ET.Element, path: Path, *, device: str, driver: str, target: str, bus: str
+    devices: ET.Element,
+    path: Path,
+    *,
+    device: str,
+    driver: str,
+    target: str,
+    bus: str,
+    boot: int | None = None,
 ) -> None:
     disk = ET.SubElement(devices, "disk", type="file", device=device)
     options = ET.SubElement(disk, "driver", name="qemu", type=driver)
     ET.SubElement(disk, "source", file=str(path))
     ET.SubElement(disk, "target", dev=target if bus == "virtio" else f"sd{target[-1]}", bus=bus)
+    if boot is not None:
+        ET.SubElement(disk, "boot", order=str(boot))
     if device == "cdrom":
         ET.SubElement(disk, "readonly")
     else:
