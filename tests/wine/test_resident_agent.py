@@ -12,14 +12,15 @@ import threading
 import tty
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from pytest_kdriver.driver import ServiceState
 from pytest_kdriver.errors import AgentError, LinkError, TargetError
 from pytest_kdriver.guest import messages
-from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.guest.agent import Agent, ServiceStatus
 from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.frames import Decoder, Frame, Kind, encode
 from pytest_kdriver.guest.links.serial import SerialLink
@@ -459,44 +460,103 @@ class TestAnotherAgent:
             other.fence("x")
 
 
+@contextmanager
+def com_port(guest: Guest, folder: Path) -> Iterator[Path]:
+    """A pseudo-terminal as the guest's COM1, for one host; the path of the host's socket."""
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    device = guest.path / "dosdevices" / "com1"  # Wine makes its own when it begins
+    device.unlink(missing_ok=True)
+    device.symlink_to(os.ttyname(theirs))
+    path = folder / "com1"
+    path.unlink(missing_ok=True)
+    with ExitStack() as last_to_first:
+        for descriptor in (ours, theirs):
+            last_to_first.callback(os.close, descriptor)
+        last_to_first.callback(device.unlink)
+        bridge = threading.Thread(target=_bridge, args=(path, ours))
+        bridge.start()
+        until(path.exists)
+        last_to_first.callback(bridge.join)
+        yield path
+
+
 class TestComPort:
     """The code that Windows runs, at a pseudo-terminal."""
 
-    @pytest.fixture
-    def com_port(self, guest: Guest, keeper: Agent, tmp_path: Path) -> Iterator[Path]:
-        """The path of the host's socket; in the guest it is COM1."""
-        ours, theirs = pty.openpty()
-        tty.setraw(theirs)
-        device = guest.path / "dosdevices" / "com1"  # Wine makes its own when it begins
-        device.unlink(missing_ok=True)
-        device.symlink_to(os.ttyname(theirs))
-        path = tmp_path / "com1"
-        with ExitStack() as last_to_first:
-            for descriptor in (ours, theirs):
-                last_to_first.callback(os.close, descriptor)
-            last_to_first.callback(device.unlink)
-            bridge = threading.Thread(target=_bridge, args=(path, ours))
-            bridge.start()
-            until(path.exists)
-            last_to_first.callback(bridge.join)
+    def test_serves_hosts_too(self, guest: Guest, keeper: Agent, tmp_path: Path) -> None:
+        with com_port(guest, tmp_path) as path, ExitStack() as last_to_first:
             process = start(guest, "--end", "port", r"\\.\COM1")
             last_to_first.callback(process.wait)
             last_to_first.callback(os.killpg, process.pid, signal.SIGKILL)
-            yield path
+            link = SerialLink(path, timeout=START_TIMEOUT)
+            with Agent.connect(link, timeout=10) as agent:
+                for _ in range(100):
+                    agent.fence("x")
+                content = ALL_BYTES * 2000
+                agent.put(content, rf"{FOLDER}\by COM1")
+                assert agent.get(rf"{FOLDER}\by COM1") == content
+                waiting = agent.wait_process(services(agent).pid)
+                agent.resume(timeout=10)
+                assert isinstance(waiting.exception(0), LinkError)
+                agent.fence("x")
             assert process.poll() is None
 
-    def test_serves_hosts_too(self, com_port: Path) -> None:
-        link = SerialLink(com_port, timeout=START_TIMEOUT)
-        with Agent.connect(link, timeout=10) as agent:
-            for _ in range(100):
-                agent.fence("x")
-            content = ALL_BYTES * 2000
-            agent.put(content, rf"{FOLDER}\by COM1")
-            assert agent.get(rf"{FOLDER}\by COM1") == content
-            waiting = agent.wait_process(services(agent).pid)
-            agent.resume(timeout=10)
-            assert isinstance(waiting.exception(0), LinkError)
-            agent.fence("x")
+
+SERVICE = "kdagent-test"
+
+
+@contextmanager
+def service(keeper: Agent, port: str) -> Iterator[None]:
+    """The agent as a service that the service control manager knows."""
+    program = "Z:" + str(AGENT.executable()).replace("/", "\\")
+    image = f'"{program}" --service {SERVICE} --end port {port}'
+    made = keeper.run(["sc.exe", "create", SERVICE, "binPath=", image])
+    assert made.exit_code == 0, made
+    try:
+        yield
+    finally:
+        keeper.delete_service(SERVICE)
+
+
+def status(keeper: Agent) -> ServiceStatus:
+    found = keeper.query_service(SERVICE)
+    assert found is not None
+    return found
+
+
+class TestTheService:
+    def test_is_started_serves_hosts_is_stopped_and_starts_again(
+        self, guest: Guest, keeper: Agent, tmp_path: Path
+    ) -> None:
+        with service(keeper, r"\\.\COM1"):
+            for _ in range(2):
+                with com_port(guest, tmp_path) as path:
+                    assert keeper.start_service(SERVICE) == 0
+                    link = SerialLink(path, timeout=START_TIMEOUT)
+                    with Agent.connect(link, timeout=10) as agent:
+                        pid = agent.info.pid
+                        agent.put(ALL_BYTES, rf"{FOLDER}\by a service")
+                        running = status(keeper)
+                        assert (running.state, running.pid) == (ServiceState.RUNNING.value, pid)
+                        assert keeper.stop_service(SERVICE) == 0
+                        until(lambda: status(keeper).state == ServiceState.STOPPED.value)
+                        assert status(keeper).win32_exit_code == 0
+                        until(lambda: pid not in [p.pid for p in keeper.processes()])  # noqa: B023
+
+    def test_whose_port_is_not_there_stops_and_says_why(self, keeper: Agent) -> None:
+        with service(keeper, r"\\.\COM77"):
+            keeper.start_service(SERVICE)
+            until(lambda: status(keeper).state == ServiceState.STOPPED.value)
+            assert status(keeper).win32_exit_code == 2  # ERROR_FILE_NOT_FOUND
+
+    def test_that_nobody_started_as_one_says_so(self, guest: Guest, keeper: Agent) -> None:
+        process = start(
+            guest, "--service", SERVICE, "--end", "port", r"\\.\COM1", stderr=subprocess.PIPE
+        )
+        _, complaint = process.communicate(timeout=START_TIMEOUT)
+        assert process.returncode == 1
+        assert complaint == b"kdagent: can't run as a service: error 1063\n"
 
 
 def _bridge(path: Path, terminal: int) -> None:
@@ -527,10 +587,17 @@ class TestTheCommandLine:
         assert complaint == b"kdagent: can't open the port: error 2\n"
 
     @pytest.mark.parametrize(
-        "arguments", [["--end"], ["--end", "port"], ["--end", "port", "a", "b"], ["--ent", "stdio"]]
+        "arguments",
+        [
+            ["--end"],
+            ["--end", "port"],
+            ["--end", "port", "a", "b"],
+            ["--ent", "stdio"],
+            ["--service", "a"],
+        ],
     )
     def test_that_is_none_is_told(self, guest: Guest, keeper: Agent, arguments: list[str]) -> None:
         process = start(guest, *arguments, stderr=subprocess.PIPE)
         _, complaint = process.communicate(timeout=START_TIMEOUT)
         assert process.returncode == 64
-        assert complaint == b"usage: kdagent [--end stdio|resident|port NAME]\n"
+        assert complaint.startswith(b"usage: kdagent [--check-bytes|--base64|")

@@ -342,9 +342,47 @@ class _Lines:
             raise LinkError(f"it sends a line that is no base64 ({error})") from None
 
 
+BYTE_VALUES: Final = bytes((ord("B") + place) % 256 for place in range(256))
+"""What goes there and back first. ``check_bytes`` of kdagent's ``end.rs`` has the same."""
+
+
 def open_agent(config: WinrmConfig, command: str, *, timeout: float) -> WinrmLink:
-    """A link to the agent that ``command`` starts there. Errors are those of ``WinrmLink``."""
-    return WinrmLink(config, command, timeout=timeout)
+    """A link to the agent that ``command`` starts there, which gets kdagent's options behind it.
+
+    All byte values go there and back first. Where they are changed, the agent is started anew, and lines of
+    base64 are spoken. Errors are those of ``WinrmLink``; ``LinkError`` also where the agent ends at once.
+    """
+    deadline = time.monotonic() + timeout
+    with contextlib.ExitStack() as unless_good:
+        link = WinrmLink(config, f"{command} --check-bytes", timeout=timeout)
+        unless_good.callback(link.close)
+        if _passes_all_bytes(link, deadline, timeout):
+            unless_good.pop_all()
+            return link
+    left = max(deadline - time.monotonic(), 0.1)
+    return WinrmLink(config, f"{command} --base64", timeout=left, base64=True)
+
+
+def _passes_all_bytes(link: WinrmLink, deadline: float, timeout: float) -> bool:
+    left = max(deadline - time.monotonic(), 0.1)
+    timer = threading.Timer(left, link.close)
+    timer.name = "kdriver-winrm-deadline"
+    timer.daemon = True
+    timer.start()
+    try:
+        link.send(BYTE_VALUES, left)
+        received = b""
+        while len(received) < len(BYTE_VALUES) and BYTE_VALUES.startswith(received):
+            data = link.receive()
+            if not data and link.ended is None:
+                raise TimeoutError(f"the agent did not answer within {timeout:g} s")
+            if not data:
+                raise LinkError(f"the agent is gone: {link.ended}")
+            received += data
+    finally:
+        timer.cancel()
+        timer.join()
+    return received == BYTE_VALUES
 
 
 _FIREWALL = (

@@ -17,12 +17,14 @@
 //! A frame that breaks these rules ends the conversation, for behind it no border is known. A body that
 //! breaks its message's rules is answered by an error, and the conversation goes on.
 //!
-//! Where the stream is a port, which nobody ever closes, there is one more layer below: [`port`].
+//! Where the stream is a port, which nobody ever closes, there is one more layer below: [`port`]. Where bytes
+//! are changed on their way, there is another one: [`base64`].
 #![no_std]
 #![forbid(unsafe_code)]
 
 extern crate alloc;
 
+pub mod base64;
 mod frame;
 mod message;
 pub mod port;

@@ -3,9 +3,12 @@
 use alloc::vec::Vec;
 use core::ptr::{null, null_mut};
 
-use crate::failure::{Answer, check};
+use frames::base64;
+
+use crate::failure::{Answer, Failure, check};
 use crate::handle::Owned;
-use crate::{sys, text};
+use crate::sync::Mutex;
+use crate::{runtime, sys, text};
 
 /// How long to wait, in milliseconds, before a port is asked again that has nobody at its other side.
 const NOBODY: u32 = 50;
@@ -14,10 +17,16 @@ const NOBODY: u32 = 50;
 pub enum Choice {
     /// Standard input and output, which end with the host.
     Stdio,
+    /// The same, where all byte values have to come through before anything else does.
+    CheckedStdio,
+    /// The same, as lines of base64.
+    Base64Stdio,
     /// The same, which are a port.
     Resident,
     /// A port to open, by its name with a NUL behind it.
     Port(Vec<u16>),
+    /// A port to open as the service of this name, both with a NUL behind them.
+    Service { name: Vec<u16>, port: Vec<u16> },
 }
 
 impl Choice {
@@ -32,8 +41,14 @@ impl Choice {
         };
         match arguments.split_whitespace().collect::<Vec<_>>()[..] {
             [] | ["--end", "stdio"] => Some(Choice::Stdio),
+            ["--check-bytes"] => Some(Choice::CheckedStdio),
+            ["--base64"] => Some(Choice::Base64Stdio),
             ["--end", "resident"] => Some(Choice::Resident),
             ["--end", "port", name] => text::wide(name).ok().map(Choice::Port),
+            ["--service", name, "--end", "port", port] => Some(Choice::Service {
+                name: text::wide(name).ok()?,
+                port: text::wide(port).ok()?,
+            }),
             _ => None,
         }
     }
@@ -48,6 +63,8 @@ pub struct End {
     events: Option<[Owned; 2]>,
     is_port: bool,
     is_com_port: bool,
+    /// Of a stream of lines of base64.
+    lines: Option<Mutex<base64::Decoder>>,
 }
 
 // SAFETY: handles are numbers that all threads of the process may use.
@@ -59,8 +76,17 @@ impl End {
     pub fn open(choice: &Choice) -> Answer<Self> {
         match choice {
             Choice::Stdio => Ok(Self::stdio(false)),
+            Choice::CheckedStdio => {
+                let end = Self::stdio(false);
+                end.check_bytes()?;
+                Ok(end)
+            }
+            Choice::Base64Stdio => Ok(End {
+                lines: Some(Mutex::new(base64::Decoder::new())),
+                ..Self::stdio(false)
+            }),
             Choice::Resident => Ok(Self::stdio(true)),
-            Choice::Port(name) => Self::port(name),
+            Choice::Port(port) | Choice::Service { port, .. } => Self::port(port),
         }
     }
 
@@ -79,6 +105,7 @@ impl End {
             events: None,
             is_port,
             is_com_port: false,
+            lines: None,
         }
     }
 
@@ -105,7 +132,35 @@ impl End {
             events: Some([new_event()?, new_event()?]),
             is_port: true,
             is_com_port,
+            lines: None,
         })
+    }
+
+    /// Waits for all byte values, and answers with the same. An error, and another answer, if what comes are
+    /// others.
+    ///
+    /// They begin and end with letters, so that those that are left out on the way are missed, too.
+    fn check_bytes(&self) -> Answer {
+        const FIRST: u8 = b'B';
+        let values: Vec<u8> = (0..=u8::MAX)
+            .map(|value| FIRST.wrapping_add(value))
+            .collect();
+        let mut expected = &values[..];
+        while !expected.is_empty() {
+            let mut buffer = [0; 256];
+            let count = self.read(&mut buffer[..expected.len()]);
+            if count == 0 {
+                return Err(Failure::Refused("read all byte values"));
+            }
+            let (now, then) = expected.split_at(count);
+            if buffer[..count] != *now {
+                let _ = self.write(b"no\n", || false);
+                return Err(Failure::Refused("have all byte values unchanged"));
+            }
+            expected = then;
+        }
+        let _ = self.write(&values, || false); // if nobody reads it, there is nothing to read
+        Ok(())
     }
 
     /// Whether hosts come and go.
@@ -115,6 +170,23 @@ impl End {
 
     /// Reads what is there, waiting for it; 0 at the end and after it broke, and never of a port.
     pub fn read(&self, buffer: &mut [u8]) -> usize {
+        loop {
+            let count = self.read_coded(buffer);
+            let Some(lines) = self.lines.as_ref().filter(|_| count > 0) else {
+                return count;
+            };
+            match lines.lock().decode(&mut buffer[..count]) {
+                Ok(0) => {}
+                Ok(count) => return count,
+                Err(base64::NotBase64) => {
+                    runtime::complain(b"kdagent: a line is no base64\n");
+                    return 0;
+                }
+            }
+        }
+    }
+
+    fn read_coded(&self, buffer: &mut [u8]) -> usize {
         loop {
             match self.try_read(buffer) {
                 Ok(count @ 1..) => return count,
@@ -177,7 +249,14 @@ impl End {
     }
 
     /// Writes all of it, or says that the stream broke. To a port it is tried again until `is_over`.
-    pub fn write(&self, mut data: &[u8], is_over: impl Fn() -> bool) -> Result<(), ()> {
+    pub fn write(&self, data: &[u8], is_over: impl Fn() -> bool) -> Result<(), ()> {
+        match self.lines {
+            None => self.write_coded(data, is_over),
+            Some(_) => self.write_coded(&base64::encode_line(data), is_over),
+        }
+    }
+
+    fn write_coded(&self, mut data: &[u8], is_over: impl Fn() -> bool) -> Result<(), ()> {
         while !data.is_empty() {
             match self.try_write(data) {
                 Ok(count @ 1..) => data = &data[count..],

@@ -16,6 +16,7 @@ pub const ERROR_FILE_NOT_FOUND: u32 = 2;
 pub const ERROR_PATH_NOT_FOUND: u32 = 3;
 pub const ERROR_NO_MORE_FILES: u32 = 18;
 pub const ERROR_HANDLE_EOF: u32 = 38;
+pub const ERROR_CALL_NOT_IMPLEMENTED: u32 = 120;
 pub const ERROR_ALREADY_EXISTS: u32 = 183;
 pub const ERROR_MORE_DATA: u32 = 234;
 pub const ERROR_IO_INCOMPLETE: u32 = 996;
@@ -90,7 +91,14 @@ pub const DELETE: u32 = 0x0001_0000;
 pub const SERVICE_KERNEL_DRIVER: u32 = 1;
 pub const SERVICE_DEMAND_START: u32 = 3;
 pub const SERVICE_ERROR_NORMAL: u32 = 1;
+pub const SERVICE_WIN32_OWN_PROCESS: u32 = 0x10;
 pub const SERVICE_CONTROL_STOP: u32 = 1;
+pub const SERVICE_CONTROL_INTERROGATE: u32 = 4;
+pub const SERVICE_CONTROL_SHUTDOWN: u32 = 5;
+pub const SERVICE_ACCEPT_STOP: u32 = 1;
+pub const SERVICE_ACCEPT_SHUTDOWN: u32 = 4;
+pub const SERVICE_STOPPED: u32 = 1;
+pub const SERVICE_RUNNING: u32 = 4;
 pub const SC_STATUS_PROCESS_INFO: u32 = 0;
 
 pub const HKEY_LOCAL_MACHINE: Handle = 0x8000_0002u32 as i32 as isize as Handle;
@@ -223,6 +231,13 @@ pub struct ServiceStatus {
     pub wait_hint: u32,
     pub pid: u32,
     pub flags: u32,
+}
+
+/// SERVICE_TABLE_ENTRYW.
+#[repr(C)]
+pub struct ServiceEntry {
+    pub name: *const u16,
+    pub main: Option<unsafe extern "system" fn(u32, *mut *mut u16)>,
 }
 
 #[repr(C)]
@@ -498,6 +513,14 @@ unsafe extern "system" {
     ) -> u32;
     /// RtlGenRandom.
     pub fn SystemFunction036(buffer: *mut u8, size: u32) -> u8;
+    pub fn RegisterServiceCtrlHandlerExW(
+        name: *const u16,
+        handler: unsafe extern "system" fn(u32, u32, *mut c_void, *mut c_void) -> u32,
+        context: *mut c_void,
+    ) -> Handle;
+    /// It takes the first seven fields alone.
+    pub fn SetServiceStatus(service: Handle, status: *const ServiceStatus) -> Bool;
+    pub fn StartServiceCtrlDispatcherW(table: *const ServiceEntry) -> Bool;
     pub fn StartServiceW(service: Handle, count: u32, arguments: *const *const u16) -> Bool;
 }
 
