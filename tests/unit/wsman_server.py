@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 if TYPE_CHECKING:
     from pytest_kdriver.guest.links.winrm import WinrmConfig
 
-PROGRAM = Path(__file__).parents[2] / "vm/wsman/wsman.py"
+PROGRAM = Path(__file__).parents[2] / "vm/images/winevm/files/opt/kdriver/wsman/wsman.py"
 HOST = "127.0.0.1"
 USER = "tester"
 PASSWORD = "not-a-secret-1"

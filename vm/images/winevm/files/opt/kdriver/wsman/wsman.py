@@ -867,7 +867,7 @@ def bindings_of(certificate: Path) -> GssChannelBindings:
 
 
 class Server(ThreadingHTTPServer):
-    """One port."""
+    """One port; ``listener`` listens there already."""
 
     daemon_threads = True
     block_on_close = False
@@ -882,8 +882,12 @@ class Server(ThreadingHTTPServer):
         tls: ssl.SSLContext | None,
         bindings: GssChannelBindings | None,
         basic: bool,
+        listener: socket.socket | None = None,
     ) -> None:
-        super().__init__(address, Handler)
+        super().__init__(address, Handler, bind_and_activate=listener is None)
+        if listener is not None:
+            self.socket.close()
+            self.socket, self.server_address = listener, listener.getsockname()
         self.service = service
         self.users = users
         self.tls = tls
@@ -1156,9 +1160,20 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def take_listeners() -> dict[int, socket.socket]:
+    """What the service manager listens at for us, by port: sd_listen_fds(3)."""
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()):
+        count = 0
+    found = [socket.socket(fileno=number) for number in range(3, 3 + count)]
+    return {listener.getsockname()[1]: listener for listener in found}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM, and end what was started."""
     options = _parse(arguments)
+    listeners = take_listeners()
     try:
         users = read_users(options.users)
         bindings = tls = None
@@ -1184,6 +1199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tls=None,
             bindings=None,
             basic=options.basic_over_http,
+            listener=listeners.get(options.http),
         )
     if options.https is not None:
         servers["https"] = Server(
@@ -1193,6 +1209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tls=tls,
             bindings=bindings,
             basic=True,
+            listener=listeners.get(options.https),
         )
     for name, server in servers.items():
         threading.Thread(
