@@ -12,6 +12,16 @@ A project's own are in ``vm/images/NAME/``, beside its config; those of this pac
 
     [target]                    # what a target with this disk is like: the keys of vm_config.py,
     kernel = "vmlinuz"          # paths relative to the image's folder
+
+A Windows is installed from its CD, and has no ``build``, but a table::
+
+    [windows]
+    release = "w11"             # "w10", "w11", "2k22", "2k25": virtio-win's folders are called so
+    index = 1                   # which of the CD's editions; or its name: edition = "Windows 11 Pro"
+    locale = "en-US"            # the CD's language
+    hvci = false                # memory integrity
+    user = "kdriver"            # an administrator, with a password of its own
+    disk = 64                   # GiB that the guest's disk has
 """
 
 from __future__ import annotations
@@ -23,7 +33,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, cast, get_args
 
 from pytest_kdriver.config import find_root
 from pytest_kdriver.errors import ConfigError
@@ -41,7 +51,14 @@ _PACKAGE: Final = Path(__file__).parents[1]
 _OURS: Final = (_PACKAGE / "_images", _PACKAGE.parent / FOLDER)
 """Of a wheel, and of a source tree."""
 
+Release = Literal["w10", "w11", "2k22", "2k25"]
+
+_LOCALE: Final = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?-[A-Z]{2}")
+_USER: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,19}")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+_LEAST_DISK: Final = 32 << 30
+"""What Windows 10 and the servers ask for, in bytes."""
+
 _NOT_DISKS: Final = frozenset({"disk", "image", "sha256", "uri"})
 """What only a target can say."""
 
@@ -54,8 +71,22 @@ WINE_ENVIRONMENT: Final = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WindowsSetup:
+    """How a Windows is installed. ``edition`` is its name on the CD, or its index there; ``disk`` bytes."""
+
+    release: Release
+    edition: str | int
+    locale: str
+    hvci: bool
+    user: str
+    disk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A recipe. ``room`` and ``kept`` are bytes, ``target`` what it says of targets, checked.
+
+    ``windows`` is None for what a ``build`` makes.
 
     Paths in ``target`` are those of ``folder``; a ``DiskImage`` has the right ones.
     """
@@ -70,15 +101,21 @@ class Recipe:
     packages: tuple[str, ...]
     target: VmSettings
     target_table: Mapping[str, object]
+    windows: WindowsSetup | None = None
 
     def key(self) -> str:
-        """Changes whenever what comes out would: with its files, and with what of ours goes into it."""
+        """Changes whenever what comes out would: with its files, and with what of ours goes into it.
+
+        A Windows' is of the recipe's files alone: it takes an hour, and a CD that a run need not have.
+        """
         key = hashlib.sha256()
         for path in sorted(self.folder.rglob("*")):
             if path.is_symlink() or not path.is_file():
                 continue
             executable = os.access(path, os.X_OK)
             _add(key, f"{path.relative_to(self.folder)}\0{executable}", path.read_bytes())
+        if self.windows is not None:
+            return key.hexdigest()[:16]
         for program in (AGENT.executable(), FORWARDER.executable()):
             _add(key, program.name, program.read_bytes())
         _add(key, "settings", SETTINGS.encode())
@@ -126,7 +163,8 @@ def read_recipe(folder: Path) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    if not os.access(folder / BUILD, os.X_OK):
+    windows = table.pop("windows", None)
+    if windows is None and not os.access(folder / BUILD, os.X_OK):
         raise ConfigError(f"{folder / BUILD}: there is no such program")
     target = table.pop("target", {})
     if not isinstance(target, dict):
@@ -143,10 +181,35 @@ def read_recipe(folder: Path) -> Recipe:
         packages=reader.words("packages"),
         target=parse_target(target, f"{path}: target", folder),
         target_table=target,
+        windows=_parse_windows(windows, path) if windows is not None else None,
     )
     if table:
         raise ConfigError(f"{path}: unknown key {min(table)!r}")
     return recipe
+
+
+def _parse_windows(table: object, path: Path) -> WindowsSetup:
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: windows is no table; write [windows]")
+    reader = _Reader(table, path)
+    if ("edition" in table) == ("index" in table):
+        raise ConfigError(f"{path}: windows needs edition = NAME, or index = NUMBER")
+    setup = WindowsSetup(
+        release=cast("Release", reader.one_of("release", *get_args(Release))),
+        edition=reader.number("index", 0) if "index" in table else reader.text("edition"),
+        locale=reader.matching("locale", _LOCALE, "a name like en-US", "en-US"),
+        hvci=reader.flag("hvci"),
+        user=reader.matching("user", _USER, "letters, digits, '_', '-', at most 20", "kdriver"),
+        disk=reader.number("disk", 64) << 30,
+    )
+    if table:
+        raise ConfigError(f"{path}: unknown key {min(table)!r} in [windows]")
+    if setup.edition in {"", 0} or setup.disk < _LEAST_DISK:
+        raise ConfigError(
+            f"{path}: index and disk are numbers of 1 and of {_LEAST_DISK >> 30} (GiB) or more, "
+            "edition is not empty"
+        )
+    return setup
 
 
 def parse_target(table: Mapping[str, object], where: str, folder: Path) -> VmSettings:
@@ -178,10 +241,25 @@ class _Reader:
         return value
 
     def mebibytes(self, key: str) -> int:
-        value = self._table.pop(key, 0)
+        return self.number(key, 0, "MiB, a whole number") << 20
+
+    def number(self, key: str, default: int, allowed: str = "a whole number") -> int:
+        value = self._table.pop(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise self._refusal(key, value, "MiB, a whole number")
-        return value << 20
+            raise self._refusal(key, value, allowed)
+        return value
+
+    def one_of(self, key: str, *words: str) -> str:
+        value = self._table.pop(key, None)
+        if value not in words:
+            raise self._refusal(key, value, ", ".join(words))
+        return str(value)
+
+    def matching(self, key: str, pattern: re.Pattern[str], allowed: str, default: str) -> str:
+        value = self._table.pop(key, default)
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise self._refusal(key, value, allowed)
+        return value
 
     def words(self, key: str) -> tuple[str, ...]:
         value = self._table.pop(key, [])
