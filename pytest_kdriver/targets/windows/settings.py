@@ -6,24 +6,41 @@ writes, or a program's exit code. ``docs/windows.md`` says where each is from. N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
-from pytest_kdriver.errors import AgentError, TargetError
-from pytest_kdriver.guest.agent import Agent, Completed
-from pytest_kdriver.guest.words import words
+from pytest_kdriver.errors import TargetError
+from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.targets.machine import FOLDER
+from pytest_kdriver.targets.windows.kinds import (
+    DEBUGGER_SETTINGS,
+    Boot,
+    Element,
+    Reading,
+    Setting,
+    Value,
+    Values,
+    run,
+    shown,
+)
+from pytest_kdriver.targets.windows.listeners import FirewallRule, Listeners
 
-PROGRAM_TIME: Final = 120.0
-"""Seconds that a program may take; those that are run here take one, as a rule."""
+__all__ = ["Reading", "Wanted", "make_settings", "read_settings", "settings"]
 
 CONTROL: Final = r"SYSTEM\CurrentControlSet\Control"
 SERVICES: Final = r"SYSTEM\CurrentControlSet\Services"
 POLICIES: Final = r"SOFTWARE\Policies\Microsoft"
 
 FILTERS: Final = (
-    *("DEFAULT", "IHVDRIVER", "IHVAUDIO", "IHVBUS", "IHVNETWORK", "IHVSTREAMING", "IHVVIDEO"),
+    "DEFAULT",
+    "IHVDRIVER",
+    "IHVAUDIO",
+    "IHVBUS",
+    "IHVNETWORK",
+    "IHVSTREAMING",
+    "IHVVIDEO",
 )
 """The components that drivers print as; DbgPrint's is DEFAULT."""
 
@@ -41,33 +58,6 @@ class Wanted:
     agent_service: str
     hvci: bool = False
     certificate: bytes | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """What was found of one setting, in words, and whether it is what was wanted."""
-
-    name: str
-    wanted: str
-    found: str
-    in_force: bool
-
-
-class Setting(Protocol):
-    """One thing that is set. Its methods raise what the agent raises."""
-
-    @property
-    def name(self) -> str:
-        """What it is about."""
-        ...
-
-    def make(self, agent: Agent) -> None:
-        """Set it."""
-        ...
-
-    def read(self, agent: Agent) -> Reading:
-        """What it is set to."""
-        ...
 
 
 def make_settings(agent: Agent, wanted: Wanted, progress: Callable[[str], None]) -> None:
@@ -92,75 +82,82 @@ def read_settings(agent: Agent, wanted: Wanted) -> list[Reading]:
 
 
 @dataclass(frozen=True, slots=True)
-class Value:
-    """A value below HKEY_LOCAL_MACHINE. ``data`` is None for one that shall not be there."""
+class Hibernation:
+    """That there is no hibernation: its file would be as large as the memory."""
 
-    key: str
-    name: str
-    data: int | str | tuple[str, ...] | None
-
-    def found(self, agent: Agent) -> int | str | bytes | tuple[str, ...] | None:
-        """What is there."""
-        data = agent.get_value(self.key, self.name)
-        return tuple(data) if isinstance(data, list) else data
-
-
-@dataclass(frozen=True, slots=True)
-class Values:
-    """A setting that is values of the registry."""
-
-    name: str
-    values: tuple[Value, ...]
+    name: str = "hibernation"
 
     def make(self, agent: Agent) -> None:
-        """See ``Setting``."""
-        for value in self.values:
-            if value.data is not None:
-                agent.set_value(value.key, value.name, value.data)
-            elif value.found(agent) is not None:
-                agent.delete_value(value.key, value.name)
+        """See ``Setting``. Where the machine has none anyway, powercfg may say no."""
+        run(agent, ["powercfg.exe", "/hibernate", "off"], accept=(0, 1))
 
     def read(self, agent: Agent) -> Reading:
         """See ``Setting``."""
-        found = [(value, value.found(agent)) for value in self.values]
+        found = agent.get_value(f"{CONTROL}\\Power", "HibernateEnabled")
         return Reading(
             name=self.name,
-            wanted=_told((value.name, value.data) for value in self.values),
-            found=_told((value.name, data) for value, data in found),
-            in_force=all(value.data == data for value, data in found),
+            wanted="off",
+            found=f"HibernateEnabled {shown(found)}",
+            in_force=not found,
         )
 
 
-def _told(values: Iterator[tuple[str, object]]) -> str:
-    return ", ".join(f"{name} {_shown(data)}" for name, data in values)
+@dataclass(frozen=True, slots=True)
+class PasswordAge:
+    """That the user's password does not expire, which it does after 42 days."""
+
+    name: str = "password age"
+
+    def make(self, agent: Agent) -> None:
+        """See ``Setting``."""
+        run(agent, ["net.exe", "accounts", "/maxpwage:unlimited"])
+
+    def read(self, agent: Agent) -> Reading:
+        """See ``Setting``. By the security template, whose keys are nobody's language."""
+        path = f"{FOLDER}\\policy.inf"
+        command = ["secedit.exe", "/export", "/areas", "SECURITYPOLICY", "/cfg", path, "/quiet"]
+        run(agent, command)
+        template = agent.get(path)
+        agent.delete(path)
+        age = maximum_password_age(template)
+        return Reading(
+            name=self.name, wanted="unlimited", found=shown(age), in_force=age == UNLIMITED
+        )
 
 
-def _shown(data: object) -> str:
-    match data:
-        case None:
-            return "absent"
-        case int():
-            return str(data) if data < 10 else f"{data:#x}"
-        case tuple():
-            return "; ".join(map(str, data))
-        case bytes():
-            return data.hex(" ")
-        case _:
-            return str(data)
+UNLIMITED: Final = -1
 
 
-def run(agent: Agent, command: Sequence[str], *, accept: Sequence[int] = (0,)) -> Completed:
-    """Run a program of the guest's. ``AgentError`` with what it said, unless ``accept`` has its exit code."""
-    done = agent.run(command, time_limit=PROGRAM_TIME)
-    if done.exit_code in accept:
-        return done
-    ended = "was not over in time" if done.timed_out else f"ended with {done.exit_code}"
-    said = words((done.stdout + b"\n" + done.stderr).decode(errors="replace").strip())
-    raise AgentError(f"{' '.join(command)} {ended}: {said or 'it said nothing'}", operation="run")
+def maximum_password_age(template: bytes) -> int | None:
+    """The days after which passwords expire, ``UNLIMITED`` for never, from what secedit exports: UTF-16."""
+    found = re.search(
+        r"^MaximumPasswordAge\s*=\s*(-?\d+)\s*$", template.decode("utf-16", "replace"), re.M
+    )
+    return int(found[1]) if found else None
 
 
-def _one(name: str, key: str, value: str, data: int | str | tuple[str, ...] | None) -> Values:
+def _one(
+    name: str, key: str, value: str, data: int | str | bytes | tuple[str, ...] | None
+) -> Values:
     return Values(name, (Value(key, value, data),))
+
+
+def _set_boot(name: str, option: str, told: str, element: Element) -> Boot:
+    return Boot(name, (("/set", element.of, option, told),), (element,))
+
+
+def _agent_service(service: str) -> Values:
+    key = f"{SERVICES}\\{service}"
+    restart = (1).to_bytes(4, "little") + (1000).to_bytes(4, "little")
+    header = b"".join(number.to_bytes(4, "little") for number in (0, 0, 0, 3, 20))
+    return Values(
+        "agent's service",
+        (
+            Value(key, "Start", 2),
+            Value(key, "FailureActions", header + 3 * restart),
+            Value(key, "FailureActionsOnNonCrashFailures", 1),
+        ),
+    )
 
 
 def settings(wanted: Wanted) -> tuple[Setting, ...]:
@@ -172,7 +169,9 @@ def settings(wanted: Wanted) -> tuple[Setting, ...]:
     updates = f"{POLICIES}\\Windows\\WindowsUpdate\\AU"
     defender = f"{POLICIES}\\Windows Defender\\Exclusions"
     logon = r"SOFTWARE\Microsoft\Windows NT\CurrentVersion\Winlogon"
+    boot = "{default}"
     return (
+        _set_boot("test signing", "testsigning", "on", Element(boot, 0x16000049, "testsigning", 1)),
         Values(
             "memory integrity",
             (
@@ -180,12 +179,33 @@ def settings(wanted: Wanted) -> tuple[Setting, ...]:
                 Value(guard, "EnableVirtualizationBasedSecurity", int(wanted.hvci)),
             ),
         ),
+        _set_boot(
+            "hypervisor",
+            "hypervisorlaunchtype",
+            "auto" if wanted.hvci else "off",
+            Element(boot, 0x250000F0, "hypervisorlaunchtype", int(wanted.hvci)),
+        ),
         Values(
             "debug print filter",
             tuple(
                 Value(f"{CONTROL}\\Session Manager\\Debug Print Filter", component, ALL_LEVELS)
                 for component in FILTERS
             ),
+        ),
+        Boot(
+            "kernel debugger on COM1",
+            (("/dbgsettings", "serial", "debugport:1", "baudrate:115200"),),
+            (
+                Element(DEBUGGER_SETTINGS, 0x15000011, "type", 0),
+                Element(DEBUGGER_SETTINGS, 0x15000013, "port", 1),
+                Element(DEBUGGER_SETTINGS, 0x15000014, "baud rate", 115200),
+            ),
+        ),
+        _set_boot(
+            "kernel debugger off",
+            "debug",
+            "off",
+            Element(boot, 0x260000A0, "debug", 0, or_absent=True),
         ),
         _one("signatures beside a debugger", f"{CONTROL}\\CI", "DebugFlags", 0x10),
         _one(
@@ -228,6 +248,18 @@ def settings(wanted: Wanted) -> tuple[Setting, ...]:
                 )
             ),
         ),
+        Hibernation(),
+        Boot(
+            "recovery prompts",
+            (
+                ("/set", boot, "recoveryenabled", "no"),
+                ("/set", boot, "bootstatuspolicy", "ignoreallfailures"),
+            ),
+            (
+                Element(boot, 0x16000009, "recoveryenabled", 0),
+                Element(boot, 0x250000E0, "bootstatuspolicy", 1),
+            ),
+        ),
         Values(
             "virus scanner",
             (
@@ -241,6 +273,17 @@ def settings(wanted: Wanted) -> tuple[Setting, ...]:
             "LocalAccountTokenFilterPolicy",
             1,
         ),
+        Values(
+            "WinRM service",
+            (
+                Value(f"{SERVICES}\\WinRM", "Start", 2),
+                Value(f"{POLICIES}\\Windows\\WinRM\\Service", "AllowUnencryptedTraffic", 0),
+            ),
+        ),
+        Listeners(wanted.certificate),
+        FirewallRule(),
+        PasswordAge(),
+        *((_agent_service(wanted.agent_service),) if wanted.agent_service else ()),
         Values(
             "clock",
             (
