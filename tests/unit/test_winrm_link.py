@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from pytest_kdriver.errors import LinkError
-from pytest_kdriver.guest.links.winrm import WinrmConfig, WinrmLink
+from pytest_kdriver.guest.links.winrm import WinrmConfig, WinrmLink, WinrmServerDown
 from tests.unit.far_ends import command_line, until
 
 pytest.importorskip("winrm")
@@ -189,8 +189,21 @@ class TestTheServer:
     def test_that_does_not_listen_is_told(self, server: WsmanServer) -> None:
         with socket.socket() as free:
             free.bind((HOST, 0))
-            told = refused(server.config(port=free.getsockname()[1]))
-        assert "the connection was refused; does WinRM run there" in told
+            config = server.config(port=free.getsockname()[1])
+            with pytest.raises(WinrmServerDown) as caught:
+                WinrmLink(config, ECHO, timeout=20)
+        assert "the connection was refused; does WinRM run there" in str(caught.value)
+
+    def test_that_says_no_is_none_that_is_on_its_way_up(self, server: WsmanServer) -> None:
+        with pytest.raises(LinkError) as caught:
+            WinrmLink(server.config(ca=None), ECHO, timeout=20)
+        assert not isinstance(caught.value, WinrmServerDown)
+
+    def test_that_hangs_up_at_once_may_be(self) -> None:
+        with Server(lambda _: b"") as server:
+            server.hang_up = True
+            with pytest.raises(WinrmServerDown, match="the connection was lost: "):
+                WinrmLink(server.config(), ECHO, timeout=20)
 
     def test_whose_name_is_unknown_is_told(self, server: WsmanServer) -> None:
         told = refused(server.config(host="nowhere.invalid"))
@@ -521,6 +534,7 @@ class Server(Connections):
     ) -> None:
         self._answer = answer
         self._tls = tls
+        self.hang_up = False
         super().__init__()
 
     def __enter__(self) -> Server:
@@ -542,7 +556,7 @@ class Server(Connections):
         if self._tls is not None:
             with self._tls.wrap_socket(connection, server_side=True):
                 return
-        while head := self._read(connection, b""):
+        while not self.hang_up and (head := self._read(connection, b"")):
             head, _, body = head.partition(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
             while len(body) < length:

@@ -16,6 +16,7 @@ from pytest_kdriver.guest.links.outbox import Outbox
 from pytest_kdriver.guest.words import words
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import ModuleType
 
     from pytest_kdriver.guest.links import wsman
@@ -65,6 +66,10 @@ class WinrmConfig:
     def effective_port(self) -> int:
         """The port that is meant."""
         return self.port or (5986 if self.https else 5985)
+
+
+class WinrmServerDown(LinkError):
+    """Nobody listens there, or hangs up before a word: the machine may be on its way up."""
 
 
 class WinrmLink:
@@ -146,7 +151,9 @@ class WinrmLink:
             if time.monotonic() >= deadline or self._wsman.took_too_long(error):
                 raise TimeoutError(f"the {where} did not {doing} within {timeout:g} s") from None
             told = self._wsman.explain(error, self._config)
-            raise LinkError(f"the {where} did not {doing}: {told}") from None
+            is_down = doing == "let us in" and self._wsman.is_down(error)
+            kind = WinrmServerDown if is_down else LinkError
+            raise kind(f"the {where} did not {doing}: {told}") from None
         return session, shell, started
 
     @property
@@ -356,33 +363,52 @@ def open_agent(config: WinrmConfig, command: str, *, timeout: float) -> WinrmLin
     with contextlib.ExitStack() as unless_good:
         link = WinrmLink(config, f"{command} --check-bytes", timeout=timeout)
         unless_good.callback(link.close)
-        if _passes_all_bytes(link, deadline, timeout):
-            unless_good.pop_all()
-            return link
+        with closed_at(link, deadline, f"the agent did not answer within {timeout:g} s"):
+            if _passes_all_bytes(link, deadline):
+                unless_good.pop_all()
+                return link
     left = max(deadline - time.monotonic(), 0.1)
     return WinrmLink(config, f"{command} --base64", timeout=left, base64=True)
 
 
-def _passes_all_bytes(link: WinrmLink, deadline: float, timeout: float) -> bool:
-    left = max(deadline - time.monotonic(), 0.1)
-    timer = threading.Timer(left, link.close)
+def _passes_all_bytes(link: WinrmLink, deadline: float) -> bool:
+    link.send(BYTE_VALUES, deadline - time.monotonic())
+    received = b""
+    while len(received) < len(BYTE_VALUES) and BYTE_VALUES.startswith(received):
+        received += receive_more(link, "the agent")
+    return received == BYTE_VALUES
+
+
+def receive_more(link: WinrmLink, sender: str) -> bytes:
+    """What comes next; ``LinkError`` at the end of the stream."""
+    data = link.receive()
+    if not data:
+        raise LinkError(f"{sender} is gone: {link.ended or 'the link is closed'}")
+    return data
+
+
+@contextlib.contextmanager
+def closed_at(link: WinrmLink, deadline: float, told: str) -> Iterator[None]:
+    """Close the link at the deadline. A ``LinkError`` of then is a ``TimeoutError`` that says ``told``."""
+    is_late = threading.Event()
+
+    def end() -> None:
+        is_late.set()
+        link.close()
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), end)
     timer.name = "kdriver-winrm-deadline"
     timer.daemon = True
     timer.start()
     try:
-        link.send(BYTE_VALUES, left)
-        received = b""
-        while len(received) < len(BYTE_VALUES) and BYTE_VALUES.startswith(received):
-            data = link.receive()
-            if not data and link.ended is None:
-                raise TimeoutError(f"the agent did not answer within {timeout:g} s")
-            if not data:
-                raise LinkError(f"the agent is gone: {link.ended}")
-            received += data
+        yield
+    except LinkError:
+        if is_late.is_set():
+            raise TimeoutError(told) from None
+        raise
     finally:
         timer.cancel()
         timer.join()
-    return received == BYTE_VALUES
 
 
 _FIREWALL = (

@@ -391,6 +391,13 @@ def never_connected(error: Exception) -> bool:
     return isinstance(error, requests.ConnectTimeout)
 
 
+def is_down(error: Exception) -> bool:
+    """Whether nobody listens, or whoever does hangs up."""
+    if isinstance(error, requests.exceptions.SSLError):
+        return _find(error, ssl.SSLEOFError) is not None
+    return isinstance(error, requests.ConnectionError)
+
+
 def explain(error: Exception, config: WinrmConfig) -> str:
     """What happened, in words that a person can act on. They never have the password."""
     for kind, tell in _EXPLANATIONS:
