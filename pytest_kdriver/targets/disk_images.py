@@ -12,6 +12,9 @@ begins; its stderr is the log. In its environment:
     KDRIVER_FORWARDER           kdtrace, for guests with Wine
     KDRIVER_WINE_SETTINGS       a file for regedit: what a Wine prefix needs
     KDRIVER_WINE_ENVIRONMENT    a file, NAME=VALUE a line: what Wine's programs need
+
+A Windows is made by ``targets/windows/images.py``, from a CD that a run need not have: its folder is
+``NAME-KEY-MEDIA``, and a run takes the newest of its KEY.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, TypeAlias
 
 from filelock import FileLock, Timeout
 
@@ -40,6 +43,7 @@ from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets.prefix import MORE_ROOM, SETTINGS
 from pytest_kdriver.targets.recipe import BUILD, WINE_ENVIRONMENT, Recipe, parse_target
 from pytest_kdriver.targets.runs import Run, remove_tree
+from pytest_kdriver.targets.windows.passwords import forget_password, password_file
 from pytest_kdriver.vm_config import VmSettings
 
 RESOURCE: Final = "disk-image"
@@ -54,6 +58,10 @@ _PATIENCE: Final = 5.0
 
 OLD_ONES: Final = 2
 """How many older images of a recipe are left when a new one is made: other checkouts may use them."""
+
+Build: TypeAlias = Callable[[Path, Callable[[str], None]], Mapping[str, object]]
+"""Leaves ``DISK``, and what goes with it, in a folder, telling the phases that begin; what a target with it
+is like, see ``Recipe.target_table``."""
 
 _USER_NAMESPACE: Final = ("unshare", "--user", "--map-root-user", "--map-auto")
 
@@ -99,18 +107,53 @@ def disks_directory() -> Path:
 
 
 def ensure(recipe: Recipe, run: Run, progress: Callable[[Phase], None]) -> DiskImage:
-    """The image that ``recipe`` makes; made if it is not there.
+    """The image that ``recipe`` makes; made if it is not there, unless it takes a CD.
 
     One process makes it, others wait. ``progress`` is told of each phase. Raises ``TargetError``.
     """
-    place = disks_directory() / f"{recipe.name}-{recipe.key()}"
+    if recipe.windows is not None:
+        return _find_installed(recipe)
+    return make_once(
+        recipe,
+        f"{recipe.name}-{recipe.key()}",
+        run,
+        progress,
+        lambda making, phase: _build(recipe, making, run.path, phase),
+    )
+
+
+def make_once(
+    recipe: Recipe, folder: str, run: Run, progress: Callable[[Phase], None], build: Build
+) -> DiskImage:
+    """The image in the folder of this name; made by ``build`` if it is not there."""
+    place = disks_directory() / folder
     image = _find(place)
     if image is None:
         place.parent.mkdir(parents=True, exist_ok=True)
         with _locked(place, progress):
-            image = _find(place) or _make(recipe, place, run, progress)
+            image = _find(place) or _make(recipe, place, run, progress, build)
             _remove_old_ones(image)
     return image
+
+
+def is_current(image: DiskImage, recipe: Recipe) -> bool:
+    """Whether an image is of the recipe as it is now."""
+    folder = f"{recipe.name}-{recipe.key()}"
+    return image.folder.name == folder or image.folder.name.startswith(f"{folder}-")
+
+
+def _find_installed(recipe: Recipe) -> DiskImage:
+    """The newest image of a recipe that takes a CD. Raises ``TargetError``, which says how to make it."""
+    images = [image for image in list_images() if image.name == recipe.name]
+    current = [image for image in images if is_current(image, recipe)]
+    if not current:
+        others = f", only of another state of it ({images[0].folder.name})" if images else ""
+        raise TargetError(
+            f"there is no disk image of the recipe {recipe.folder}{others}; it is made once, from a "
+            f"Windows ISO of yours: kdriver image build {recipe.name} --iso FILE"
+        )
+    newest = max(current, key=lambda image: image.made)
+    return _find(newest.folder) or newest
 
 
 def _find(place: Path) -> DiskImage | None:
@@ -137,7 +180,9 @@ def _locked(place: Path, progress: Callable[[Phase], None]) -> Iterator[None]:
         lock.release()
 
 
-def _make(recipe: Recipe, place: Path, run: Run, progress: Callable[[Phase], None]) -> DiskImage:
+def _make(
+    recipe: Recipe, place: Path, run: Run, progress: Callable[[Phase], None], build: Build
+) -> DiskImage:
     begin = time.monotonic()
     _need_programs(recipe)
     _need_room(recipe, run.path)
@@ -145,11 +190,9 @@ def _make(recipe: Recipe, place: Path, run: Run, progress: Callable[[Phase], Non
     run.record(RESOURCE, making)
     try:
         making.mkdir(mode=0o700)
-        _build(
-            recipe, making, run.path, lambda name: progress(Phase(name, time.monotonic() - begin))
-        )
+        target = build(making, lambda name: progress(Phase(name, time.monotonic() - begin)))
         progress(Phase("hashing its disk", time.monotonic() - begin))
-        _describe(recipe, making)
+        _describe(recipe, making, target)
         if place.exists():
             remove_tree(place)  # one without its description
         making.chmod(0o755)
@@ -194,7 +237,9 @@ def _path() -> str:
     return f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
 
 
-def _build(recipe: Recipe, making: Path, scratch: Path, phase: Callable[[str], None]) -> None:
+def _build(
+    recipe: Recipe, making: Path, scratch: Path, phase: Callable[[str], None]
+) -> Mapping[str, object]:
     settings = scratch / "settings.reg"
     settings.write_text(SETTINGS, encoding="utf-8")
     environment = scratch / "wine-environment"
@@ -224,6 +269,7 @@ def _build(recipe: Recipe, making: Path, scratch: Path, phase: Callable[[str], N
     if process.returncode or not (making / DISK).is_file():
         raise _failure(recipe, name, process.returncode, log)
     log.unlink()
+    return recipe.target_table
 
 
 def _wrapping(recipe: Recipe) -> list[str]:
@@ -286,7 +332,7 @@ def _failure(recipe: Recipe, phase: str, code: int, log: Path) -> TargetError:
     )
 
 
-def _describe(recipe: Recipe, folder: Path) -> None:
+def _describe(recipe: Recipe, folder: Path, target: Mapping[str, object]) -> None:
     """Write down what was made. From here on the disk stays as it is."""
     disk = folder / DISK
     disk.chmod(0o444)
@@ -300,7 +346,7 @@ def _describe(recipe: Recipe, folder: Path) -> None:
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
     }
-    text = f"{_toml(table)}\n[target]\n{_toml(recipe.target_table)}"
+    text = f"{_toml(table)}\n[target]\n{_toml(target)}"
     (folder / _IMAGE_FILE).write_text(text, encoding="utf-8")
 
 
@@ -317,7 +363,7 @@ def read_image(folder: Path) -> DiskImage:
         return DiskImage(
             name=str(table["name"]),
             folder=folder,
-            target=parse_target(table["target"], f"{path}: target", folder),
+            target=parse_target(table["target"], f"{path}: target", folder) | _password(folder),
             sha256=str(table["sha256"]),
             size=int(table["size"]),
             mtime_ns=int(table["mtime_ns"]),
@@ -325,6 +371,12 @@ def read_image(folder: Path) -> DiskImage:
         )
     except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
         raise TargetError(f"{folder} has no whole disk image: {error}") from error
+
+
+def _password(folder: Path) -> dict[str, object]:
+    """Where the password of a Windows is that was installed here."""
+    path = password_file(folder.name)
+    return {"winrm_password_file": path} if path.exists() else {}
 
 
 def list_images() -> list[DiskImage]:
@@ -366,6 +418,8 @@ def _remove(image: DiskImage) -> None:
     # Without its description it is none any more, however far the rest comes.
     (image.folder / _IMAGE_FILE).unlink(missing_ok=True)
     remove_tree(image.folder)
+    with suppress(OSError):
+        forget_password(image.folder.name)
 
 
 def remove_unfinished(making: Path) -> None:

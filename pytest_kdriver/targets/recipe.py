@@ -212,7 +212,7 @@ def _parse_windows(table: object, path: Path) -> WindowsSetup:
     return setup
 
 
-def parse_target(table: Mapping[str, object], where: str, folder: Path) -> VmSettings:
+def parse_target(table: Mapping[str, object], where: str, folder: Path) -> dict[str, object]:
     """Check what a recipe says of targets; paths are relative to ``folder``. Raises ``ConfigError``."""
     allowed = [key for key in VM_KEYS if key not in _NOT_DISKS]
     for key in table:

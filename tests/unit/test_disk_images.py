@@ -17,10 +17,19 @@ from pytest_kdriver.cli import main
 from pytest_kdriver.errors import ConfigError, TargetError
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets import disk_images
-from pytest_kdriver.targets.disk_images import DiskImage, Phase, ensure, list_images, remove
+from pytest_kdriver.targets.disk_images import (
+    DiskImage,
+    Phase,
+    ensure,
+    is_current,
+    list_images,
+    make_once,
+    remove,
+)
 from pytest_kdriver.targets.leftovers import REMOVERS
 from pytest_kdriver.targets.recipe import Recipe, find_recipe, find_recipes, read_recipe
 from pytest_kdriver.targets.runs import Run, collect_garbage
+from pytest_kdriver.targets.windows.passwords import keep_password, password_file
 
 MAKES_A_DISK = """#!/bin/sh
 echo counting
@@ -44,6 +53,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (real / "programs").mkdir(parents=True, exist_ok=True)
     (own / "programs").symlink_to(real / "programs")
     monkeypatch.setenv("KDRIVER_CACHE", str(own))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     return own
 
 
@@ -355,8 +365,74 @@ def test_an_unknown_recipe_is_told_with_those_that_are_known(
     name: str, tmp_path: Path, write_recipe: Write
 ) -> None:
     write_recipe()
-    with pytest.raises(ConfigError, match=r"no disk image .*; there are: mine, winevm;"):
+    with pytest.raises(
+        ConfigError, match=r"no disk image .*; there are: mine, server2022, .*, winevm;"
+    ):
         find_recipe(name, tmp_path)
+
+
+def test_an_image_that_takes_a_cd_is_found_without_it_or_told_how_to_make(
+    write_recipe: Write, run: Run
+) -> None:
+    windows = '[windows]\nrelease = "w10"\nindex = 1\n'
+    recipe = write_recipe(toml=windows, name="mywindows")
+    command = "kdriver image build mywindows --iso FILE"
+    with pytest.raises(TargetError, match=command):
+        ensure(recipe, run, quietly)
+
+    def build(making: Path, phase: Callable[[str], None]) -> dict[str, object]:
+        phase("writing")
+        (making / "disk.qcow2").write_text("Windows")
+        return {"bus": "sata"}
+
+    made = make_once(recipe, f"mywindows-{recipe.key()}-0123", run, quietly, build)
+    assert made.target == {"bus": "sata"}
+    assert is_current(made, recipe)
+    assert ensure(recipe, run, quietly) == made
+
+    keep_password(made.folder.name, "secret")
+    (found,) = list_images()
+    assert found.target["winrm_password_file"] == password_file(made.folder.name)
+
+    changed = write_recipe(toml=f"{windows}hvci = true\n", name="mywindows")
+    with pytest.raises(
+        TargetError, match=rf"of another state of it \({made.folder.name}\).*{command}"
+    ):
+        ensure(changed, run, quietly)
+    remove("mywindows")
+    assert not password_file(made.folder.name).exists()
+
+
+def test_a_windows_image_does_not_depend_on_what_can_be_put_in_later(
+    write_recipe: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_recipe(toml='[windows]\nrelease = "w10"\nindex = 1\n')
+    key = recipe.key()
+    monkeypatch.setattr("pytest_kdriver.targets.recipe.SETTINGS", "others")
+    assert recipe.key() == key
+
+
+@pytest.mark.parametrize(
+    ("toml", "sentence"),
+    [
+        ("windows = 1", "write \\[windows\\]"),
+        ("[windows]\nindex = 1", "release is None; allowed: w10, w11"),
+        ('[windows]\nrelease = "w10"', "needs edition = NAME, or index"),
+        ('[windows]\nrelease = "w10"\nindex = 1\nedition = "Pro"', "needs edition"),
+        ('[windows]\nrelease = "w10"\nindex = 0', "numbers of 1"),
+        ('[windows]\nrelease = "w10"\nindex = true', "index is True"),
+        ('[windows]\nrelease = "w10"\nedition = ""', "edition is not empty"),
+        ('[windows]\nrelease = "w10"\nindex = 1\ndisk = 8', "32 \\(GiB\\)"),
+        ('[windows]\nrelease = "w10"\nindex = 1\nlocale = "english"', "a name like en-US"),
+        ('[windows]\nrelease = "w10"\nindex = 1\nuser = "a b"', "user is 'a b'"),
+        ('[windows]\nrelease = "w10"\nindex = 1\nmore = 1', "unknown key 'more' in"),
+    ],
+)
+def test_what_is_wrong_with_a_windows_is_told(
+    write_recipe: Write, toml: str, sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        write_recipe(toml=toml)
 
 
 def test_the_command_builds_lists_tells_and_removes(

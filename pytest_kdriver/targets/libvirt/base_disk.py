@@ -25,7 +25,7 @@ class BaseDisk:
     def __init__(self, path: Path, sha256: str = "") -> None:
         self.path = path
         self._fingerprint = _fingerprint(path)
-        self.sha256 = _hash_of(path, self._fingerprint)
+        self.sha256 = file_sha256(path)
         if sha256 and self.sha256 != sha256:
             raise TargetError(
                 f"the disk {path} is not what it was: its SHA-256 is {self.sha256}, and should be {sha256}"
@@ -42,8 +42,8 @@ class BaseDisk:
 
 def make_overlay(base: Path, overlay: Path) -> None:
     """Make a linked clone: an empty qcow2 file that has ``base`` behind it. Raises ``TargetError``."""
-    described = json.loads(_qemu_img("info", "--output=json", "--", str(base)))
-    _qemu_img(
+    described = json.loads(qemu_img("info", "--output=json", "--", str(base)))
+    qemu_img(
         *(
             "create",
             "-q",
@@ -58,7 +58,8 @@ def make_overlay(base: Path, overlay: Path) -> None:
     )
 
 
-def _qemu_img(*arguments: str) -> str:
+def qemu_img(*arguments: str) -> str:
+    """What qemu-img says, which is to be done soon. Raises ``TargetError``."""
     try:
         done = subprocess.run(
             ["qemu-img", *arguments],
@@ -87,12 +88,13 @@ def _fingerprint(path: Path) -> list[int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise TargetError(f"the disk {path} can't be used: {error.strerror}") from error
+        raise TargetError(f"{path} can't be used: {error.strerror}") from error
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
 
 
-def _hash_of(path: Path, fingerprint: list[int]) -> str:
-    """The SHA-256 of a disk; known from before, where its file did not change since."""
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a large file; known from before, where it did not change since. ``TargetError``."""
+    fingerprint = _fingerprint(path)
     known_file = cache_directory() / "disk-hashes" / hashlib.sha256(bytes(path)).hexdigest()[:16]
     try:
         known = cast("Mapping[str, object]", json.loads(known_file.read_text(encoding="utf-8")))

@@ -29,27 +29,30 @@ def passwords_directory() -> Path:
     return state_directory() / "windows-passwords"
 
 
-def keep_password(image: str, password: str) -> Path:
-    """Keep the password of the image in the folder of this name; the file that has it. Raises OSError."""
-    folder = passwords_directory()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / image
+def password_file(image: str) -> Path:
+    """Where the password of the image in the folder of this name is, if it was installed here."""
+    return passwords_directory() / image
+
+
+def keep_password(image: str, password: str) -> None:
+    """Keep the password of the image in the folder of this name. Raises OSError."""
+    path = password_file(image)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     forget_password(image)
     with open(
         path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)
     ) as file:
         file.write(password)
-    return path
 
 
 def find_password(image: str) -> str | None:
     """The password of the image in the folder of this name; None where it was not installed here."""
     try:
-        return (passwords_directory() / image).read_text(encoding="utf-8")
+        return password_file(image).read_text(encoding="utf-8")
     except OSError:
         return None
 
 
 def forget_password(image: str) -> None:
     """Remove it, if it is there."""
-    (passwords_directory() / image).unlink(missing_ok=True)
+    password_file(image).unlink(missing_ok=True)
