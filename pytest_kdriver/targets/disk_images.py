@@ -48,7 +48,7 @@ from pytest_kdriver.vm_config import VmSettings
 
 RESOURCE: Final = "disk-image"
 DISK: Final = "disk.qcow2"
-_IMAGE_FILE: Final = "image.toml"
+IMAGE_FILE: Final = "image.toml"
 _LOG: Final = "build.log"
 _SHOWN: Final = 20
 """How many of the log's last lines an error shows."""
@@ -130,7 +130,7 @@ def make_once(
     image = _find(place)
     if image is None:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(place, progress):
+        with locked(place, progress):
             image = _find(place) or _make(recipe, place, run, progress, build)
             _remove_old_ones(image)
     return image
@@ -162,12 +162,13 @@ def _find(place: Path) -> DiskImage | None:
     except TargetError:
         return None
     with suppress(OSError):  # another user's, root's say: only its owner notes it
-        os.utime(place / _IMAGE_FILE)  # when it was last used
+        os.utime(place / IMAGE_FILE)  # when it was last used
     return image
 
 
 @contextmanager
-def _locked(place: Path, progress: Callable[[Phase], None]) -> Iterator[None]:
+def locked(place: Path, progress: Callable[[Phase], None]) -> Iterator[None]:
+    """Have an image's place for oneself; ``progress`` is told if that has to be waited for."""
     lock = FileLock(f"{place}.lock")
     try:
         lock.acquire(timeout=0)
@@ -347,7 +348,7 @@ def _describe(recipe: Recipe, folder: Path, target: Mapping[str, object]) -> Non
         "mtime_ns": status.st_mtime_ns,
     }
     text = f"{_toml(table)}\n[target]\n{_toml(target)}"
-    (folder / _IMAGE_FILE).write_text(text, encoding="utf-8")
+    (folder / IMAGE_FILE).write_text(text, encoding="utf-8")
 
 
 def _toml(table: Mapping[str, object]) -> str:
@@ -357,7 +358,7 @@ def _toml(table: Mapping[str, object]) -> str:
 
 def read_image(folder: Path) -> DiskImage:
     """The image in ``folder``. Raises ``TargetError`` where there is none, or none that is whole."""
-    path = folder / _IMAGE_FILE
+    path = folder / IMAGE_FILE
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         return DiskImage(
@@ -382,7 +383,7 @@ def _password(folder: Path) -> dict[str, object]:
 def list_images() -> list[DiskImage]:
     """The images that are there, by name, the one used last first."""
     images = []
-    for path in disks_directory().glob(f"*/{_IMAGE_FILE}"):
+    for path in disks_directory().glob(f"*/{IMAGE_FILE}"):
         with suppress(TargetError):
             images.append(read_image(path.parent))
     return sorted(images, key=lambda image: (image.name, -_last_used(image), image.folder))
@@ -390,7 +391,7 @@ def list_images() -> list[DiskImage]:
 
 def _last_used(image: DiskImage) -> float:
     with suppress(OSError):
-        return (image.folder / _IMAGE_FILE).stat().st_mtime
+        return (image.folder / IMAGE_FILE).stat().st_mtime
     return 0.0
 
 
@@ -416,7 +417,7 @@ def _remove_old_ones(newest: DiskImage) -> None:
 
 def _remove(image: DiskImage) -> None:
     # Without its description it is none any more, however far the rest comes.
-    (image.folder / _IMAGE_FILE).unlink(missing_ok=True)
+    (image.folder / IMAGE_FILE).unlink(missing_ok=True)
     remove_tree(image.folder)
     with suppress(OSError):
         forget_password(image.folder.name)

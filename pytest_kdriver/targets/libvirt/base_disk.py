@@ -42,7 +42,7 @@ class BaseDisk:
 
 def make_overlay(base: Path, overlay: Path) -> None:
     """Make a linked clone: an empty qcow2 file that has ``base`` behind it. Raises ``TargetError``."""
-    described = json.loads(qemu_img("info", "--output=json", "--", str(base)))
+    described = describe_disk(base)
     qemu_img(
         *(
             "create",
@@ -56,6 +56,13 @@ def make_overlay(base: Path, overlay: Path) -> None:
         ),
         str(overlay),
     )
+
+
+def describe_disk(path: Path, kind: str | None = None) -> dict[str, object]:
+    """What qemu-img says of a disk's file, which is of this ``kind``, or as it looks. ``TargetError``."""
+    options = ["-f", kind] if kind is not None else []
+    told = qemu_img("info", "--output=json", *options, "--", str(path))
+    return cast("dict[str, object]", json.loads(told))
 
 
 def qemu_img(*arguments: str) -> str:

@@ -20,7 +20,7 @@ _ACTION_NAMESPACE: Final = "http://schemas.microsoft.com/WMIConfig/2002/State"
 
 AGENT_FILE: Final = "kdagent.exe"
 AGENT_SERVICE: Final = "kdagent"
-_AGENT_PATH: Final = rf"C:\Windows\{AGENT_FILE}"
+AGENT_PATH: Final = rf"C:\Windows\{AGENT_FILE}"
 _DRIVES: Final = "D E F G H"
 """Where a CD can be; C: is the disk."""
 
@@ -169,10 +169,10 @@ def _specialize_commands(setup: WindowsSetup, machine: VmConfig) -> Iterable[str
     not be there yet.
     """
     port = agent_port(str(machine.agent_port))
-    program = f"{_AGENT_PATH} --service {AGENT_SERVICE} --end port {port}"
+    program = f"{AGENT_PATH} --service {AGENT_SERVICE} --end port {port}"
     yield (
         f"cmd.exe /c for %d in ({_DRIVES}) do "
-        rf"if exist %d:\{AGENT_FILE} copy /y %d:\{AGENT_FILE} {_AGENT_PATH}"
+        rf"if exist %d:\{AGENT_FILE} copy /y %d:\{AGENT_FILE} {AGENT_PATH}"
     )
     yield f'sc.exe create {AGENT_SERVICE} start= auto binPath= "{program}"'
     yield f"sc.exe failure {AGENT_SERVICE} reset= 0 actions= restart/1000"
