@@ -20,17 +20,22 @@
     enlightenments = false      # Hyper-V's, for Windows
     kernel_log = "none"         # "wine-trace" | "none"
     kernel_log_port = "virtio:kdriver.trace"    # or "com1" to "com4"
-    agent = "serial"            # "serial" | "ssh"
-    agent_port = "virtio:kdriver.agent"         # or "com1" to "com4"; for ssh the guest's TCP port
+    agent = "serial"            # "serial" | "ssh" | "winrm"
+    agent_port = "virtio:kdriver.agent"         # or "com1" to "com4"; else the guest's TCP port
     ssh_user = "root"
     ssh_key = "path"
     ssh_known_hosts = "path"
     ssh_command = "kdagent"
+    winrm_user = "Administrator"
+    winrm_password_file = "path"        # of one line, which only you may read
+    winrm_https = true
+    winrm_ca = "path"           # certificates that are trusted; else the system's
+    winrm_command = "kdagent"
     boot_timeout = 300          # seconds from power on to the agent's answer
     without = ["snapshots"]     # capabilities it shall not have
 
-An SSH password comes from the environment, ``KDRIVER_PASSWORD_`` and the target's name in capitals. Paths are
-relative to the file that they stand in.
+A password comes from the environment, ``KDRIVER_PASSWORD_`` and the target's name in capitals, which counts
+more than a file. Paths are relative to the file that they stand in.
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ Firmware: TypeAlias = Literal["bios", "uefi"]
 Bus: TypeAlias = Literal["virtio", "sata"]
 Nic: TypeAlias = Literal["virtio", "e1000e", "none"]
 KernelLogKind: TypeAlias = Literal["wine-trace", "none"]
-AgentKind: TypeAlias = Literal["serial", "ssh"]
+AgentKind: TypeAlias = Literal["serial", "ssh", "winrm"]
 
 USER_NETWORK: Final = "user"
 DEFAULT_URI: Final = "qemu:///session"
@@ -55,7 +60,7 @@ PORT: Final = re.compile(r"virtio:([A-Za-z0-9_][A-Za-z0-9_.-]{0,30})|com([1-4])"
 """A port of a guest: the name of one of virtio's, or a COM port's number."""
 
 _NETWORK: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
-_SSH_NETWORK: Final = f"agent ssh needs network {USER_NETWORK!r}, whose ports are forwarded"
+_NEEDED: Final = f"needs network {USER_NETWORK!r}, whose ports are forwarded"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _IMAGE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 
@@ -91,12 +96,23 @@ class VmConfig:
     ssh_key: Path | None = None
     ssh_known_hosts: Path | None = None
     ssh_command: str = "kdagent"
+    winrm_user: str = "Administrator"
+    winrm_password_file: Path | None = None
+    winrm_https: bool = True
+    winrm_ca: Path | None = None
+    winrm_command: str = "kdagent"
     boot_timeout: float = 300.0
 
     @property
-    def ssh_port(self) -> int:
-        """The guest's TCP port that its SSH server listens at."""
-        return self.agent_port if isinstance(self.agent_port, int) else 22
+    def tcp_port(self) -> int | None:
+        """The guest's TCP port whose server starts an agent for each connection; None for a resident one."""
+        if self.agent == "serial":
+            return None
+        if isinstance(self.agent_port, int):
+            return self.agent_port
+        if self.agent == "ssh":
+            return 22
+        return 5986 if self.winrm_https else 5985
 
 
 def vm_config(*settings: VmSettings, where: str = "the virtual machine") -> VmConfig:
@@ -115,11 +131,12 @@ def vm_config(*settings: VmSettings, where: str = "the virtual machine") -> VmCo
 
 def _contradiction(config: VmConfig) -> str | None:
     """Which keys can't be together; None where all can."""
-    if config.agent == "ssh":
+    if config.tcp_port is not None:
+        agent = config.agent
         if config.network != USER_NETWORK:
-            return f"agent is 'ssh', network {config.network!r}; {_SSH_NETWORK}"
+            return f"agent is {agent!r}, network {config.network!r}; agent {agent} {_NEEDED}"
         if config.nic == "none":
-            return "agent is 'ssh', nic 'none'; agent ssh needs one"
+            return f"agent is {agent!r}, nic 'none'; agent {agent} needs one"
         return None
     if isinstance(config.agent_port, int):
         return f"agent is 'serial', agent_port {config.agent_port}; allowed: {_PORT_WORDS}"
@@ -139,12 +156,13 @@ def parse_vm(table: Mapping[str, object], where: str, folder: Path) -> dict[str,
             settings[key] = _CHECKS[key](value, folder)
         except _Refused as refused:
             raise ConfigError(f"{where}: {key} is {value!r}; allowed: {refused}") from None
-    if settings.get("agent") == "ssh" and settings.get("network", USER_NETWORK) != USER_NETWORK:
-        raise ConfigError(f"{where}: {_SSH_NETWORK}")
-    port = settings.get("agent_port")
-    if settings.get("agent") == "ssh" and isinstance(port, str):
-        raise ConfigError(f"{where}: agent_port is {port!r}; for ssh it is a TCP port")
-    if settings.get("agent") == "serial" and isinstance(port, int):
+    agent, port = settings.get("agent"), settings.get("agent_port")
+    if agent in {"ssh", "winrm"}:
+        if settings.get("network", USER_NETWORK) != USER_NETWORK:
+            raise ConfigError(f"{where}: agent {agent} {_NEEDED}")
+        if isinstance(port, str):
+            raise ConfigError(f"{where}: agent_port is {port!r}; for {agent} it is a TCP port")
+    elif agent == "serial" and isinstance(port, int):
         raise ConfigError(f"{where}: agent_port is {port!r}; allowed: {_PORT_WORDS}")
     return settings
 
@@ -237,12 +255,17 @@ _CHECKS: Final[Mapping[str, _Check]] = {
     "enlightenments": _flag,
     "kernel_log": _one_of("wine-trace", "none"),
     "kernel_log_port": _port,
-    "agent": _one_of("serial", "ssh"),
+    "agent": _one_of("serial", "ssh", "winrm"),
     "agent_port": _agent_port,
     "ssh_user": _text,
     "ssh_key": _path,
     "ssh_known_hosts": _path,
     "ssh_command": _text,
+    "winrm_user": _text,
+    "winrm_password_file": _path,
+    "winrm_https": _flag,
+    "winrm_ca": _path,
+    "winrm_command": _text,
     "boot_timeout": _seconds,
 }
 

@@ -134,7 +134,7 @@ def test_a_virtual_machine_is_what_the_recipe_says_unless_the_config_does(tmp_pa
     machine = vm_config({"memory": 512, "cpus": 2, "bus": "sata"}, target.vm)
     assert (machine.memory, machine.cpus, machine.bus) == (4096, 2, "sata")
     assert machine.disk == tmp_path / "disks" / "mine.qcow2"
-    assert (machine.agent, machine.ssh_port) == ("ssh", 2222)
+    assert (machine.agent, machine.tcp_port) == ("ssh", 2222)
     assert machine.uri == "qemu:///session"
     assert target.without == {"snapshots"}
 
@@ -160,6 +160,9 @@ def test_winevm_needs_no_config_and_takes_some(tmp_path: Path) -> None:
         ("disk = 'a'\nagent = 'ssh'\nagent_port = 'com1'", "for ssh it is a TCP port"),
         ("disk = 'a'\nagent = 'serial'\nagent_port = 22", "agent_port is 22"),
         ("disk = 'a'\nagent = 'ssh'\nnetwork = 'lan'", "agent ssh needs network 'user'"),
+        ("disk = 'a'\nagent = 'winrm'\nnetwork = 'lan'", "agent winrm needs network 'user'"),
+        ("disk = 'a'\nagent = 'winrm'\nagent_port = 'com1'", "for winrm it is a TCP port"),
+        ("disk = 'a'\nwinrm_password = 'secret'", "unknown key 'winrm_password'"),
         ("disk = 'a'\nagent_port = 70000", "agent_port is 70000; allowed: a TCP port"),
         ("disk = 'a'\nmemory = true", "memory is True; allowed: MiB, 64 to"),
         ("disk = 'a'\ncpus = 0", "cpus is 0; allowed: a number, 1 to 64"),
@@ -189,6 +192,7 @@ def test_a_machine_that_can_t_be_is_told(tmp_path: Path, settings: str, told: st
             "agent is 'ssh', network 'lab'; agent ssh needs network 'user'",
         ),
         ({"agent": "ssh"}, {"nic": "none"}, "agent is 'ssh', nic 'none'"),
+        ({"nic": "none"}, {"agent": "winrm"}, "agent is 'winrm', nic 'none'"),
     ],
 )
 def test_a_config_and_a_recipe_that_contradict_each_other_are_told(
@@ -209,6 +213,21 @@ def test_a_config_and_a_recipe_that_contradict_each_other_are_told(
 )
 def test_settings_that_contradict_nothing_are_taken(settings: VmSettings) -> None:
     assert vm_config(settings).cpus == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "port"),
+    [
+        ({"agent_port": "com1"}, None),
+        ({"agent": "ssh", "agent_port": "com1"}, 22),
+        ({"agent": "winrm", "agent_port": "com1"}, 5986),
+        ({"agent": "winrm", "winrm_https": False}, 5985),
+        ({"agent": "winrm", "agent_port": 8080}, 8080),
+    ],
+)
+def test_the_port_of_an_agent_is_that_of_its_way(settings: VmSettings, port: int | None) -> None:
+    """A recipe's may be of another way than the config's."""
+    assert vm_config(settings).tcp_port == port
 
 
 def test_a_target_s_name_can_t_escape(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.targets.leftovers import DOMAIN, REMOVERS
 from pytest_kdriver.targets.libvirt import machine as machine_module
 from pytest_kdriver.targets.libvirt.accelerator import find_accelerator
-from pytest_kdriver.targets.libvirt.address import SerialAddress
+from pytest_kdriver.targets.libvirt.address import NotLetInError, SerialAddress
 from pytest_kdriver.targets.libvirt.connection import Hypervisor, Owner, call
 from pytest_kdriver.targets.libvirt.domain import INTERNAL_ERROR
 from pytest_kdriver.targets.libvirt.kept import KeptVm
@@ -417,8 +417,12 @@ class SlowServer(SerialAddress):
 
 
 class SlowMachine(LibvirtMachine):
+    def __init__(self, config: TargetConfig, server: SlowServer) -> None:
+        super().__init__(config)
+        self.server = server
+
     def _address(self, vm: object) -> SlowServer:
-        return SlowServer(path="")
+        return self.server
 
 
 class BootingVm:
@@ -434,11 +438,34 @@ def test_a_handshake_of_ssh_s_may_take_longer_than_an_attempt(
 ) -> None:
     monkeypatch.setattr(machine_module, "ATTEMPT", 0.05)
     settings = {"disk": tmp_path / "disk", "agent": "ssh"}
-    machine = SlowMachine(TargetConfig(name="mine", kind="libvirt", vm=settings))
+    machine = SlowMachine(
+        TargetConfig(name="mine", kind="libvirt", vm=settings), SlowServer(path="")
+    )
     vm: Any = BootingVm()
     vm.domain, vm.stopped = BootingVm(), threading.Event()
     with pytest.raises(Reached):
         machine._reach_agent(vm, time.monotonic() + PATIENCE)
+
+
+class Bouncer(SlowServer):
+    """A WinRM server that knows who we are."""
+
+    asked = 0
+
+    def open(self, timeout: float) -> Link:
+        Bouncer.asked += 1
+        raise NotLetInError("it refused the user tester")
+
+
+def test_a_refusal_is_not_waited_for_to_change(tmp_path: Path) -> None:
+    """Windows would count the attempts, and lock the user out."""
+    settings = {"disk": tmp_path / "disk", "agent": "winrm"}
+    machine = SlowMachine(TargetConfig(name="mine", kind="libvirt", vm=settings), Bouncer(path=""))
+    vm: Any = BootingVm()
+    vm.domain, vm.stopped = BootingVm(), threading.Event()
+    with pytest.raises(TargetError, match="it refused the user tester"):
+        machine._reach_agent(vm, time.monotonic() + PATIENCE)
+    assert Bouncer.asked == 1
 
 
 @pytest.fixture

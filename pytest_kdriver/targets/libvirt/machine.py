@@ -28,7 +28,13 @@ from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets.disk_images import Phase, ensure
 from pytest_kdriver.targets.leftovers import DOMAIN, SOCKETS
 from pytest_kdriver.targets.libvirt.accelerator import find_accelerator, remember_failure
-from pytest_kdriver.targets.libvirt.address import Address, SerialAddress, SshAddress
+from pytest_kdriver.targets.libvirt.address import (
+    Address,
+    NotLetInError,
+    SerialAddress,
+    SshAddress,
+    WinrmAddress,
+)
 from pytest_kdriver.targets.libvirt.base_disk import BaseDisk, make_overlay
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.domain import INTERNAL_ERROR, Domain, SnapshotMethod
@@ -184,7 +190,7 @@ class LibvirtMachine:
         """Say what the domain is to be. Raises ``ConfigError`` for what can't be."""
         config = self._config
         ports = []
-        if config.agent == "serial":
+        if config.tcp_port is None:
             ports.append((str(config.agent_port), sockets / "agent"))
         if config.kernel_log != "none":
             ports.append((config.kernel_log_port, sockets / "trace"))
@@ -212,7 +218,7 @@ class LibvirtMachine:
             tpm=config.tpm,
             nic=config.nic,
             network=config.network,
-            forwards=(config.ssh_port,) if config.agent == "ssh" else (),
+            forwards=(config.tcp_port,) if config.tcp_port is not None else (),
             ports=tuple(ports),
             console=folder / "console.log",
             enlightenments=enlightenments.features,
@@ -241,7 +247,7 @@ class LibvirtMachine:
     def _reach_agent(self, vm: _Vm, deadline: float) -> Agent:
         """Have the agent's answer, or say at once why there won't be one.
 
-        A handshake of SSH's takes what it takes: the attempt after one that was cut may take twice as long.
+        A server's handshake takes what it takes: the attempt after one that was cut may take twice as long.
         """
         limit = ATTEMPT
         while True:
@@ -249,6 +255,8 @@ class LibvirtMachine:
             attempt = min(limit, max(deadline - began, 0.1))
             try:
                 return Agent.connect(self._address(vm).open(attempt), timeout=attempt)
+            except NotLetInError as error:
+                raise TargetError(str(error)) from error
             except (LinkError, TimeoutError) as error:
                 if vm.domain.stopped is not None:
                     raise TargetError(
@@ -259,28 +267,39 @@ class LibvirtMachine:
                         f"the agent did not answer within {self._config.boot_timeout:g} s ({error}); "
                         "a guest that needs longer gets it by boot_timeout in its config"
                     ) from error
-                if self._config.agent == "ssh" and time.monotonic() - began >= attempt:
+                if self._config.tcp_port is not None and time.monotonic() - began >= attempt:
                     limit *= 2
                 vm.stopped.wait(min(0.2, max(deadline - time.monotonic(), 0.0)))
 
     def _address(self, vm: _Vm) -> Address:
         config = self._config
-        if config.agent == "serial":
+        if config.tcp_port is None:
             return SerialAddress(path=str(vm.sockets / "agent"))
+        port, variable = vm.domain.forwarded(config.tcp_port), password_variable(self._target)
+        if config.agent == "winrm":
+            return WinrmAddress(
+                port=port,
+                user=config.winrm_user,
+                password_file=_text(config.winrm_password_file),
+                https=config.winrm_https,
+                ca=_text(config.winrm_ca),
+                command=config.winrm_command,
+                password_variable=variable,
+            )
         return SshAddress(
-            port=vm.domain.forwarded(config.ssh_port),
+            port=port,
             user=config.ssh_user,
-            key=str(config.ssh_key) if config.ssh_key is not None else None,
-            known_hosts=str(config.ssh_known_hosts) if config.ssh_known_hosts is not None else None,
+            key=_text(config.ssh_key),
+            known_hosts=_text(config.ssh_known_hosts),
             host_key_alias=f"kdriver-{config.image or self._target}",
             command=config.ssh_command,
-            password_variable=password_variable(self._target),
+            password_variable=variable,
         )
 
     def save(self, guest: Guest) -> Guest:
         """See ``Machine``. No session with the agent is in the snapshot."""
         vm = self._running()
-        if self._config.agent == "ssh":
+        if self._config.tcp_port is not None:
             guest.agent.close()
         else:
             guest.agent.park(timeout=RESUME_TIMEOUT)
@@ -295,7 +314,7 @@ class LibvirtMachine:
         self.base.check()
         if vm.method is None or vm.domain.stopped is not None:
             return None  # what stopped would be loaded, and stay as it is
-        if self._config.agent == "ssh":
+        if self._config.tcp_port is not None:
             guest.agent.close()
         vm.domain.snapshot_load(SNAPSHOT)
         agent = guest.agent
@@ -494,6 +513,10 @@ def need_room(folder: Path, size: int) -> None:
             f"a clone of the guest takes up to {size >> 20} MiB, and {free >> 20} MiB are free in {folder}: "
             f"{MORE_ROOM}"
         )
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def set_clock(agent: Agent) -> None:
