@@ -34,6 +34,7 @@ from pytest_kdriver.targets.nt_loader import NtLoader
 from pytest_kdriver.targets.refusals import in_words
 from pytest_kdriver.targets.runs import Run, collect_garbage
 from pytest_kdriver.targets.target import CallTimeout, Io, LoadOutcome, ParameterValue
+from pytest_kdriver.targets.windows.in_force import Fact, NotInForce, assert_in_force
 from pytest_kdriver.targets.wine_loader import WineLoader
 from pytest_kdriver.win32error import Win32Error
 
@@ -65,6 +66,7 @@ class MachineTarget:
         self._touched = False
         self._layouts: dict[str, ImageLayout] = {}
         self._installed = Installed()
+        self._not_in_force: list[Fact] = []
 
     # the guest
 
@@ -96,7 +98,11 @@ class MachineTarget:
 
     def describe(self) -> str:
         """See ``Target``."""
-        return self.machine.describe()
+        told = self.machine.describe()
+        if not self._not_in_force:
+            return told
+        facts = ", ".join(f"{fact.name} ({fact.found})" for fact in self._not_in_force)
+        return f"{told}; not in force there: {facts}"
 
     def start(self) -> None:
         """See ``Target``."""
@@ -105,10 +111,11 @@ class MachineTarget:
             attempts += 1
             try:
                 self._start_once()
-            except TargetError:
+            except TargetError as error:
                 came_up = self._guest is not None
                 self._end_guest()
-                if not came_up or attempts == START_ATTEMPTS:
+                in_vain = not came_up or isinstance(error, NotInForce)
+                if in_vain or attempts == START_ATTEMPTS:
                     raise
             except BaseException:
                 self._end_guest()
@@ -136,8 +143,7 @@ class MachineTarget:
 
     def _go_on_with(self, guest: Guest) -> None:
         self._guest = guest
-        on_wine = guest.agent.info.wine_version is not None
-        self._loader = WineLoader(self) if on_wine else NtLoader(self)
+        self._loader = WineLoader(self) if self._on_wine else NtLoader(self)
         self._broken = None
         self._touched = False
 
@@ -147,6 +153,15 @@ class MachineTarget:
         with self.agent_errors("start"):
             self.guest.agent.query_service("kdriver", timeout=START_TIMEOUT)
         self.machine.check(self.guest)
+        if not self._on_wine:
+            with self.agent_errors("start"):
+                self._not_in_force = assert_in_force(
+                    self.guest.agent, kernel_log=self.guest.feed is not None, target=self.name
+                )
+
+    @property
+    def _on_wine(self) -> bool:
+        return self.guest.agent.info.wine_version is not None
 
     @contextmanager
     def _start_errors(self, told: str) -> Iterator[None]:
@@ -325,7 +340,7 @@ class MachineTarget:
 
     def _for_guest(self, image: Path) -> Path:
         """The file that the guest gets: a Windows takes none that nobody signed."""
-        if self.guest.agent.info.wine_version is not None or self._run is None:
+        if self._on_wine or self._run is None:
             return image
         try:
             read_signature(read_image(image))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +22,7 @@ from pytest_kdriver.errors import ConfigError, LinkError, StopFailed, TargetErro
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.links.link import Link
 from pytest_kdriver.guest.links.ssh import SshServerDown, place_file
+from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.guest.wire import Message
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.remote_config import RemoteConfig
@@ -226,8 +228,15 @@ class FakeWay:
         return guest
 
 
+CONTROL = r"SYSTEM\CurrentControlSet\Control"
+
+
 class Windows(FakeGuest):
-    """Its services and files, as far as these tests look at them. ``refuses`` has answers for requests."""
+    """Its services and files, as far as these tests look at them. ``refuses`` has answers for requests.
+
+    ``information`` is what NtQuerySystemInformation gives for a class, and ``values`` what the registry has:
+    those that are asserted at a start, as a Windows for tests has them.
+    """
 
     def __init__(self, refuses: dict[type[Message], Message] | None = None) -> None:
         self.services: dict[str, str] = {}
@@ -235,6 +244,18 @@ class Windows(FakeGuest):
         self.files: dict[str, bytes] = {}
         self.others: tuple[messages.Process, ...] = ()
         self.pends = False
+        self.information = {
+            103: bytes.fromhex("08000000 03000000"),  # signatures are checked, test signing is on
+            145: bytes.fromhex("00 01"),  # there is Secure Boot, and it is off
+            35: bytes.fromhex("00 01"),  # no debugger
+        }
+        self.values: dict[tuple[str, str], int | str | bytes] = {
+            (f"{CONTROL}\\Session Manager\\Debug Print Filter", "DEFAULT"): 0xFFFFFFFF,
+            (f"{CONTROL}\\CrashControl", "CrashDumpEnabled"): 3,
+            (f"{CONTROL}\\CrashControl", "AutoReboot"): 1,
+        }
+        self.clock_off = 0.0
+        self.free = 20 << 30
         super().__init__(
             {
                 messages.Processes: lambda _: messages.ProcessList(processes=self.others),
@@ -243,7 +264,12 @@ class Windows(FakeGuest):
                 messages.CreateService: self._create,
                 messages.DeleteService: self._forget,
                 messages.QueryService: self._query,
-                messages.GetValue: self._image,
+                messages.GetValue: self._value,
+                messages.SystemInformation: self._inform,
+                messages.Clock: lambda _: messages.FileTime(
+                    time=round((time.time() + self.clock_off + 11_644_473_600) * 10_000_000)
+                ),
+                messages.FreeSpace: lambda _: messages.Room(bytes=self.free),
                 messages.LoadDriver: self._load,
                 messages.UnloadDriver: self._unload,
                 messages.StopService: self._stop,
@@ -288,11 +314,22 @@ class Windows(FakeGuest):
             )
         )
 
-    def _image(self, request: Message) -> Message:
+    def _inform(self, request: Message) -> Message:
+        assert isinstance(request, messages.SystemInformation)
+        if (data := self.information.get(request.information_class)) is None:
+            code = NTSTATUS.STATUS_INVALID_INFO_CLASS
+            return messages.Error(domain=2, code=code, message="query the information")
+        return messages.Information(data=data)
+
+    def _value(self, request: Message) -> Message:
         assert isinstance(request, messages.GetValue)
-        path = self.services[request.key.rpartition("\\")[2]]
-        data = f"\\??\\{path}\0".encode("utf-16-le")
-        return messages.OptionalValue(value=messages.Value(kind=2, data=data))
+        held = self.values.get((request.key, request.name))
+        if request.name == "ImagePath":
+            held = f"\\??\\{self.services[request.key.rpartition(chr(92))[2]]}"
+        if held is None:
+            return messages.OptionalValue(value=None)
+        kind, data = encode_value(held)
+        return messages.OptionalValue(value=messages.Value(kind=kind, data=data))
 
     def _load(self, request: Message) -> Message:
         assert isinstance(request, messages.LoadDriver)

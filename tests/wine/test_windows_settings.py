@@ -14,9 +14,22 @@ from pytest_kdriver.errors import AgentError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.targets import prefix
 from pytest_kdriver.targets.runs import Run
+from pytest_kdriver.targets.windows.in_force import (
+    CODE_INTEGRITY,
+    KERNEL_DEBUGGER,
+    CodeIntegrity,
+    NotInForce,
+    assert_in_force,
+    decode_code_integrity,
+    decode_flags,
+    examine,
+    secure_boot,
+)
 from pytest_kdriver.targets.windows.kinds import BOOT_MANAGER, OBJECTS, Boot, Reading, Values
 from pytest_kdriver.targets.windows.listeners import LISTENER, Listeners, thumbprint
 from pytest_kdriver.targets.windows.settings import (
+    INTEGRITY,
+    PRINT_FILTER,
     Wanted,
     make_settings,
     read_settings,
@@ -143,3 +156,29 @@ def test_what_can_t_be_read_is_an_error_and_no_reading(agent: Agent) -> None:
     """Wine's secedit writes nothing."""
     with pytest.raises(AgentError, match=r"policy\.inf"):
         read_settings(agent, WANTED)
+
+
+class TestWhatIsInForce:
+    """Wine's kernel answers two of the three questions, and not as a Windows for tests would."""
+
+    def test_is_asked_of_the_kernel(self, agent: Agent) -> None:
+        assert decode_code_integrity(agent.system_information(CODE_INTEGRITY)) is (
+            CodeIntegrity.ENABLED
+        )
+        assert decode_flags(agent.system_information(KERNEL_DEBUGGER)) == (False, True)
+        assert secure_boot(agent) is False  # by the registry: Wine's kernel does not know
+
+    def test_is_read_from_the_registry_that_was_set(self, agent: Agent) -> None:
+        for setting in IN_THE_REGISTRY:
+            setting.make(agent)
+        facts = {fact.name: fact for fact in examine(agent, kernel_log=True)}
+        assert [name for name, fact in facts.items() if not fact.in_force] == ["test signing"]
+        agent.delete_value(PRINT_FILTER, "DEFAULT")
+        agent.set_value(INTEGRITY, "Enabled", 1)
+        facts = {fact.name: fact for fact in examine(agent, kernel_log=True)}
+        assert facts["debug print filter"].found == "DEFAULT absent"
+        assert facts["memory integrity"].found == "set on, and does not run"
+
+    def test_is_refused_by_name_where_it_is_not(self, agent: Agent) -> None:
+        with pytest.raises(NotInForce, match=r"test signing: off \(code integrity 0x1\)"):
+            assert_in_force(agent, kernel_log=False, target="wine")
