@@ -220,7 +220,8 @@ def _need_programs(recipe: Recipe) -> None:
             raise TargetError(
                 f"to make the disk image {recipe.name} as this user, user namespaces are needed ({told}): "
                 "install the package uidmap, and have this user named in /etc/subuid and /etc/subgid; or "
-                f"make it once as root, with the same KDRIVER_CACHE: kdriver image build {recipe.name}"
+                f"make it once as root, with the same KDRIVER_CACHE (kdriver image build {recipe.name}), and "
+                f"give it to this user: chown --recursive {os.getuid()} {disks_directory()}"
             )
 
 
@@ -336,7 +337,7 @@ def _failure(recipe: Recipe, phase: str, code: int, log: Path) -> TargetError:
 def _describe(recipe: Recipe, folder: Path, target: Mapping[str, object]) -> None:
     """Write down what was made. From here on the disk stays as it is."""
     disk = folder / DISK
-    disk.chmod(0o444)
+    disk.chmod(0o400)  # the guest's passwords are in it
     with disk.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     status = disk.stat()

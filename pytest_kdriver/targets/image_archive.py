@@ -221,7 +221,7 @@ def _check(making: Path, folder: str, sha256: str) -> None:
         raise TargetError("the image's disk leads to another file")
     with suppress(OSError, OverflowError):
         os.utime(image.disk, ns=(image.mtime_ns, image.mtime_ns))
-    image.disk.chmod(0o444)
+    image.disk.chmod(0o400)
 
 
 def _refusal(file: Path, why: str) -> TargetError:

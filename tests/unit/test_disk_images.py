@@ -89,7 +89,7 @@ def quietly(phase: Phase) -> None:
 def test_an_image_is_made_once(write_recipe: Write, run: Run) -> None:
     image = ensure(write_recipe(), run, quietly)
     assert image.disk.read_text() == "content\n"
-    assert image.disk.stat().st_mode & 0o777 == 0o444
+    assert image.disk.stat().st_mode & 0o777 == 0o400
     assert image.is_unchanged
     made = (write_recipe().folder / "made").read_text()
     assert len(made.splitlines()) == 1

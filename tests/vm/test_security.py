@@ -212,8 +212,13 @@ class TestFiles:
         assert mode(run) & 0o027 == 0
         assert mode(run / "resources") == mode(run / "lock") == 0o600
 
-    def test_of_an_image_keep_its_key(self, winevm_image: DiskImage) -> None:
+    def test_of_an_image_keep_its_key_and_its_password(
+        self, winevm: MachineTarget, winevm_image: DiskImage
+    ) -> None:
+        """The disk has both; it may be of the group of whom guests run as, where that is another user."""
         assert mode(winevm_image.folder / "id_ed25519") == 0o600
+        assert mode(winevm_image.folder / "winrm_password") == 0o600
+        assert mode(winevm_image.disk) in {0o400, 0o440}
 
     def test_of_a_kept_machine_have_no_password(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

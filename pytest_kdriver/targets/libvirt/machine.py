@@ -160,6 +160,8 @@ class LibvirtMachine:
         config = self._config
         assert self.base is not None
         need_room(run.path, config.memory << 20)
+        if self._recipe is not None:
+            hypervisor.let_read(self.base.path)
         hypervisor.require_access(self.base.path)
         with ExitStack() as undo:
             folder = run.path / f"vm-{number}"
