@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.errors import AgentError
+from pytest_kdriver.guest import messages
 from pytest_kdriver.remote_config import RemoteConfig
 from pytest_kdriver.targets import remote as remote_module
 from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.remote import RemoteMachine
+from pytest_kdriver.targets.windows.exact_status import SERVICE
 from pytest_kdriver.targets.windows.in_force import (
     CodeIntegrity,
     Fact,
@@ -241,6 +243,7 @@ Start = Callable[..., AbstractContextManager[MachineTarget]]
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(remote_module, "AGENT", FakeProgram(tmp_path / "kdagent.exe"))
 
     @contextmanager
@@ -264,6 +267,44 @@ class TestATarget:
         with pytest.raises(NotInForce, match="test signing"), start(first, second):
             pass
         assert second.requests == []
+
+    def test_is_asked_once_whether_it_gives_an_exact_status(self, start: Start) -> None:
+        windows, second = Windows(), Windows()
+        with start(windows, second) as target:
+            assert windows.asked(messages.LoadDriver) == [messages.LoadDriver(name=SERVICE)]
+            assert windows.services == {}
+            windows.close()
+            target.repair()
+            assert second.asked(messages.LoadDriver) == []
+        assert second.files == {}
+
+    @pytest.mark.parametrize(
+        ("status", "told"),
+        [
+            (0xC0000365, "tells that a DriverEntry failed, and not by which status"),
+            (0xC0000428, "takes no driver with a test signature: is test signing on"),
+            (0xC0000001, "no test can tell what its driver answered"),
+            (0, "no test can tell what its driver answered"),
+        ],
+    )
+    def test_that_gives_another_is_refused(self, start: Start, status: int, told: str) -> None:
+        first, second = Windows(), Windows()
+        first.proof = status
+        with (
+            pytest.raises(NotInForce, match=rf"returns .*0xC0DE1234.* back as .*{told}"),
+            start(first, second),
+        ):
+            pass
+        assert second.requests == []
+
+    def test_where_nothing_can_be_signed_is_not_asked(
+        self, start: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", "")
+        windows = Windows()
+        with start(windows) as target:
+            assert "exact status (not tried: there is no osslsigncode" in target.describe()
+        assert windows.asked(messages.LoadDriver) == []
 
     def test_says_in_its_description_what_is_not_in_force(self, start: Start) -> None:
         windows = Windows()

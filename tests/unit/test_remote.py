@@ -26,7 +26,7 @@ from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.guest.wire import Message
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.remote_config import RemoteConfig
-from pytest_kdriver.targets import nt_loader
+from pytest_kdriver.targets import machine_target, nt_loader
 from pytest_kdriver.targets import remote as remote_module
 from pytest_kdriver.targets.machine_target import START_ATTEMPTS, MachineTarget
 from pytest_kdriver.targets.remote import (
@@ -35,6 +35,7 @@ from pytest_kdriver.targets.remote import (
     agent_path,
     sftp_path,
 )
+from pytest_kdriver.targets.windows import exact_status
 from pytest_kdriver.win32error import Win32Error
 from tests.pe_builder import build
 from tests.signature_builder import with_signature
@@ -254,6 +255,7 @@ class Windows(FakeGuest):
             (f"{CONTROL}\\CrashControl", "CrashDumpEnabled"): 3,
             (f"{CONTROL}\\CrashControl", "AutoReboot"): 1,
         }
+        self.proof: int = 0xC0DE1234
         self.clock_off = 0.0
         self.free = 20 << 30
         super().__init__(
@@ -333,6 +335,8 @@ class Windows(FakeGuest):
 
     def _load(self, request: Message) -> Message:
         assert isinstance(request, messages.LoadDriver)
+        if request.name == exact_status.SERVICE:
+            return messages.Code(code=self.proof)
         if self.states.get(request.name, 1) != 1:
             return messages.Code(code=NTSTATUS.STATUS_IMAGE_ALREADY_LOADED)
         self.states[request.name] = 4
@@ -368,6 +372,7 @@ def target(
     monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote_module, "AGENT", FakeProgram(tmp_path / "kdagent.exe"))
     monkeypatch.setattr(nt_loader, "UNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(machine_target, "assert_exact_status", lambda target, folder: [])
 
     def make(*guests: FakeGuest | Exception, timeout: float = 5.0) -> MachineTarget:
         remote = RemoteConfig(host="lab", user="tester", timeout=timeout)

@@ -16,6 +16,7 @@ from pytest_kdriver.errors import ImageError
 from pytest_kdriver.guest import messages
 from pytest_kdriver.image.signing import sign, verify
 from pytest_kdriver.remote_config import RemoteConfig
+from pytest_kdriver.targets import machine_target
 from pytest_kdriver.targets import remote as remote_module
 from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.remote import RemoteMachine
@@ -29,6 +30,7 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(remote_module, "AGENT", FakeProgram(tmp_path / "kdagent.exe"))
+    monkeypatch.setattr(machine_target, "assert_exact_status", lambda target, folder: [])
     path = tmp_path / "hello.sys"
     path.write_bytes(build(imports={"ntoskrnl.exe": ["DbgPrint"]}, pointers=1))
     return path
