@@ -12,7 +12,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -21,11 +21,13 @@ from pytest_kdriver.config import TargetConfig, password_variable
 from pytest_kdriver.errors import AgentError, KdriverError, LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.executable import AGENT
+from pytest_kdriver.guest.links import powershell, ssh
 from pytest_kdriver.guest.links.link import Link
-from pytest_kdriver.guest.links.ssh import SshConfig, SshLink, SshServerDown, place_file
+from pytest_kdriver.guest.links.ssh import SshConfig, SshLink, SshServerDown
+from pytest_kdriver.guest.links.winrm import WinrmConfig, WinrmServerDown, open_agent
 from pytest_kdriver.image.preflight import Report, preflight
 from pytest_kdriver.kernel.log import KernelLog
-from pytest_kdriver.remote_config import AGENT_PLACE, RemoteConfig
+from pytest_kdriver.remote_config import AGENT_PLACE, RemoteConfig, Via
 from pytest_kdriver.targets.machine import FOLDER, Guest, Installed
 from pytest_kdriver.targets.runs import Run
 from pytest_kdriver.win32error import Win32Error
@@ -81,13 +83,12 @@ class SshWay:
 
     def describe(self) -> str:
         """See ``Way``."""
-        port = "" if self._config.port == 22 else f":{self._config.port}"
-        return f"{self._config.host}{port} by SSH"
+        return f"{_place(self._config)} by SSH"
 
     def place_agent(self, content: bytes, path: str, timeout: float) -> None:
         """See ``Way``."""
         with _waited_for():
-            place_file(self._ssh(), content, sftp_path(path), timeout=timeout)
+            ssh.place_file(self._ssh(), content, sftp_path(path), timeout=timeout)
 
     def open(self, path: str, timeout: float) -> Link:
         """See ``Way``."""
@@ -99,7 +100,7 @@ class SshWay:
         config = self._config
         return SshConfig(
             host=config.host,
-            port=config.port,
+            port=config.port or ssh.STANDARD_PORT,
             user=config.user,
             key=config.ssh_key,
             password=os.environ.get(password_variable(self._target)),
@@ -107,14 +108,55 @@ class SshWay:
         )
 
 
+class WinrmWay:
+    """See ``Way``: by PowerShell, and by a command in a shell of WinRM's."""
+
+    def __init__(self, target: str, config: RemoteConfig) -> None:
+        self._target = target
+        self._config = config
+
+    def describe(self) -> str:
+        """See ``Way``."""
+        return f"{_place(self._config)} by WinRM"
+
+    def place_agent(self, content: bytes, path: str, timeout: float) -> None:
+        """See ``Way``."""
+        with _waited_for():
+            powershell.place_file(self._winrm(), content, path, timeout=timeout)
+
+    def open(self, path: str, timeout: float) -> Link:
+        """See ``Way``."""
+        command = self._config.winrm_command.replace(AGENT_PLACE, path)
+        with _waited_for():
+            return open_agent(self._winrm(), command, timeout=timeout)
+
+    def _winrm(self) -> WinrmConfig:
+        config = self._config
+        variable = password_variable(self._target)
+        if variable not in os.environ:
+            raise LinkError(f"WinRM needs a password: put it into the environment as {variable}")
+        return WinrmConfig(
+            host=config.host,
+            port=config.port,
+            user=config.user,
+            password=os.environ[variable],
+            https=config.https,
+            ca=config.ca,
+            basic=config.basic,
+        )
+
+
+_WAYS: Final[Mapping[Via, Callable[[str, RemoteConfig], Way]]] = {"ssh": SshWay, "winrm": WinrmWay}
+
+
 class RemoteMachine:
-    """See ``LastingMachine``; ``config`` says which. ``way`` is how it is reached, by default SSH."""
+    """See ``LastingMachine``; ``config`` says which. ``way`` is how it is reached, else as it says."""
 
     def __init__(self, config: TargetConfig, *, way: Way | None = None) -> None:
         assert config.remote is not None
         self._target = config.name
         self._config = config.remote
-        self._way = way or SshWay(config.name, config.remote)
+        self._way = way or _WAYS[config.remote.via](config.name, config.remote)
         self.capabilities = CAPABILITIES - config.without
         self._agent: Agent | None = None
         self._former: set[int] = set()
@@ -305,8 +347,13 @@ def _waited_for() -> Iterator[None]:
     """Tell a server that may be on its way up from one that says no."""
     try:
         yield
-    except SshServerDown as error:
+    except (SshServerDown, WinrmServerDown) as error:
         raise NotUpError(str(error)) from None
+
+
+def _place(config: RemoteConfig) -> str:
+    """The host, and the port if one was set."""
+    return config.host if config.port is None else f"{config.host}:{config.port}"
 
 
 def agent_path(path: str, content: bytes) -> str:

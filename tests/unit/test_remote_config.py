@@ -22,12 +22,43 @@ def test_host_and_user_are_enough(tmp_path: Path) -> None:
     assert remote(tmp_path, 'host = "lab"\nuser = "tester"') == RemoteConfig(
         host="lab",
         user="tester",
-        port=22,
+        via="ssh",
+        port=None,
         ssh_key=None,
         ssh_known_hosts=None,
-        agent_path=r"C:\kdriver\kdagent.exe",
         ssh_command="{agent}",
+        https=True,
+        ca=None,
+        basic=False,
+        winrm_command="{agent}",
+        agent_path=r"C:\kdriver\kdagent.exe",
         timeout=60.0,
+    )
+
+
+def test_all_that_can_be_set_of_winrm(tmp_path: Path) -> None:
+    config = remote(
+        tmp_path,
+        """
+        host = "lab"
+        user = "tester"
+        via = "winrm"
+        port = 443
+        https = true
+        ca = "lab.pem"
+        basic = true
+        winrm_command = "psexec -s {agent}"
+        """,
+    )
+    assert config == RemoteConfig(
+        host="lab",
+        user="tester",
+        via="winrm",
+        port=443,
+        https=True,
+        ca=tmp_path / "lab.pem",
+        basic=True,
+        winrm_command="psexec -s {agent}",
     )
 
 
@@ -73,8 +104,23 @@ def test_all_that_can_be_set(tmp_path: Path) -> None:
         ),
         (r"agent_path = 'C:\a b\kdagent.exe'", "agent_path is .*without blanks"),
         ('ssh_command = "kdagent"', r"ssh_command is 'kdagent'; allowed: .*\{agent\} where"),
+        ('winrm_command = "kdagent"', r"winrm_command is 'kdagent'; allowed: .*\{agent\} where"),
+        ('via = "telnet"', "via is 'telnet'; allowed: ssh, winrm"),
+        ("https = 1", "https is 1; allowed: true or false"),
+        (
+            'host = "a"\nuser = "b"\nbasic = true',
+            "basic is for via = 'winrm', and this target's is 'ssh'",
+        ),
+        (
+            'host = "a"\nuser = "b"\nvia = "winrm"\nssh_key = "x"',
+            "ssh_key is for via = 'ssh', and this target's is 'winrm'",
+        ),
+        (
+            'host = "a"\nuser = "b"\nvia = "winrm"\nbasic = true\nhttps = false',
+            "basic needs https, or it would show the password to the network",
+        ),
         ("timeout = 0", "timeout is 0; allowed: seconds, more than 0"),
-        ('ssh_usr = "x"', "unknown key 'ssh_usr'.*allowed: kind, host, user, port"),
+        ('ssh_usr = "x"', "unknown key 'ssh_usr'.*allowed: kind, host, user, via, port"),
         ('password = "x"', "unknown key 'password'"),
         (
             'host = "a"\nuser = "b"\nwithout = ["pol"]',

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.targets import prefix
 from pytest_kdriver.targets.runs import Run as RunFolder
 from tests.unit.far_ends import Sshd, until
+from tests.wine.conftest import MANIFEST
 
 Run = Callable[..., pytest.RunResult]
 Verdicts = Callable[[pytest.RunResult], dict[str, str]]
@@ -36,16 +37,23 @@ def test_hello(kdriver):
 """
 
 
-@dataclass(frozen=True)
-class Lab:
-    """The machine: its SSH server, its prefix, and the folder that the agent is put into."""
+class Machine:
+    """A prefix, and the folder that the agent is put into."""
 
-    sshd: Sshd
-    prefix: Path
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "agent"
+        self.prefix = folder / "prefix"
+        run = RunFolder()
+        source = prefix.template(prefix.find_wine(), run)
+        run.close()
+        prefix.clone(source, self.prefix)
+
+    def close(self) -> None:
+        prefix.remove(self.prefix)
 
     @property
     def command(self) -> str:
+        """What a server's shell runs to start the agent."""
         wine = prefix.find_wine()
         environment = wine.environment(self.prefix, "-all")
         own = [f"{name}={value}" for name, value in environment.items() if name.startswith("WINE")]
@@ -54,23 +62,14 @@ class Lab:
     def agents(self) -> list[Path]:
         return sorted(self.folder.glob("kdagent*"))
 
-    def config(self, **changes: object) -> str:
-        settings: dict[str, object] = {
+    def settings(self) -> dict[str, object]:
+        """What a config says of it."""
+        return {
             "kind": "remote",
             "host": "127.0.0.1",
-            "port": self.sshd.port,
-            "user": self.sshd.config().user,
-            "ssh_key": str(self.sshd.key),
-            "ssh_known_hosts": str(self.sshd.known_hosts),
             "agent_path": str(self.folder / "kdagent.exe"),
-            "ssh_command": self.command,
             "timeout": 60,
         }
-        lines = [
-            f"{key} = {value}" if isinstance(value, int | float) else f"{key} = '''{value}'''"
-            for key, value in (settings | changes).items()
-        ]
-        return "\n[targets.lab]\n" + "\n".join(lines) + "\n"
 
     def agent_processes(self) -> list[int]:
         """The pids of the agents that run in the prefix."""
@@ -85,33 +84,53 @@ class Lab:
         return sorted((self.prefix / "drive_c" / "kdriver").rglob("*.sys"))
 
 
+class Lab(Machine):
+    """The machine behind its SSH server."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sshd = Sshd(folder / "sshd")
+
+    def close(self) -> None:
+        self.sshd.close()
+        super().close()
+
+    def settings(self) -> dict[str, object]:
+        return super().settings() | {
+            "port": self.sshd.port,
+            "user": self.sshd.config().user,
+            "ssh_key": str(self.sshd.key),
+            "ssh_known_hosts": str(self.sshd.known_hosts),
+            "ssh_command": self.command,
+        }
+
+
 @pytest.fixture
 def lab(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    folder = tmp_path_factory.mktemp("lab")
-    run = RunFolder()
-    source = prefix.template(prefix.find_wine(), run)
-    run.close()
-    prefix.clone(source, folder / "prefix")
-    sshd = Sshd(folder / "sshd")
-    yield Lab(sshd, folder / "prefix", folder / "agent")
-    sshd.close()
-    prefix.remove(folder / "prefix")
+    with closing(Lab(tmp_path_factory.mktemp("lab"))) as lab:
+        yield lab
 
 
-def choose(project: pytest.Pytester, lab: Lab, **changes: object) -> None:
+def choose(project: pytest.Pytester, lab: Machine, **changes: object) -> None:
+    """Make it the project's target."""
+    lines = []
+    for key, value in (lab.settings() | changes).items():
+        shown = json.dumps(value) if isinstance(value, int | float) else f"'''{value}'''"
+        lines.append(f"{key} = {shown}\n")
     path = project.path / "kdriver.toml"
-    path.write_text(path.read_text() + 'vm = "lab"\n' + lab.config(**changes))
+    path.write_text(f'manifest = "{MANIFEST}"\nvm = "lab"\n\n[targets.lab]\n' + "".join(lines))
 
 
 def begin(project: pytest.Pytester, file: str) -> subprocess.Popen[bytes]:
-    """Start a run, and go on."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-q", file],
-        cwd=project.path,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
+    """Start a run, and go on. What it says goes into ``file``'s log."""
+    with (project.path / f"{file}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", file],
+            cwd=project.path,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 class TestARun:

@@ -42,7 +42,7 @@ _LAST_WORDS = 2000
 _LOST = (EOFError, OSError)
 """What a channel raises where the connection ends while it tells the other side how much it has read."""
 
-_STANDARD_PORT = 22
+STANDARD_PORT: Final = 22
 
 _Keys = Mapping[str, "paramiko.PKey"]
 
@@ -59,7 +59,7 @@ class SshConfig:
     """
 
     host: str
-    port: int = _STANDARD_PORT
+    port: int = STANDARD_PORT
     user: str
     key: Path | None = None
     password: str | None = field(default=None, repr=False)
@@ -450,7 +450,7 @@ def _known_name(config: SshConfig) -> str:
     """How known_hosts calls the server."""
     if config.host_key_alias is not None:
         return config.host_key_alias
-    return config.host if config.port == _STANDARD_PORT else f"[{config.host}]:{config.port}"
+    return config.host if config.port == STANDARD_PORT else f"[{config.host}]:{config.port}"
 
 
 def _fingerprint(key: paramiko.PKey) -> str:
