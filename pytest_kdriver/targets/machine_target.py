@@ -152,6 +152,8 @@ class MachineTarget:
         self._loader = WineLoader(self) if self._on_wine else NtLoader(self)
         self._broken = None
         self._touched = False
+        if not isinstance(self.machine, LastingMachine):
+            self._installed = Installed()
 
     def _verify(self) -> None:
         """See that what tests rely on is there: kernel log, service manager, and what the machine knows."""
@@ -268,11 +270,11 @@ class MachineTarget:
             raise TargetError(untold, target=self.name)
 
     def _lost_with(self) -> str | None:
-        """What to tell where a machine that stays lost its agent between two calls of a test; None: nothing.
+        """What to tell where the agent was lost between two calls of a test; None: nothing.
 
-        It may have gone down with a driver, and without a kernel log nobody else would say so.
+        The machine may have gone down with a driver, and without a kernel log nobody else would say so.
         """
-        if not isinstance(self.machine, LastingMachine) or not self._installed.services:
+        if self.guest.feed is not None or not self._installed.services:
             return None
         names = ", ".join(sorted(self._installed.services))
         return f"the connection was lost while {names} was installed: {self._why_gone()}"
