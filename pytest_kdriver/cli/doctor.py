@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -22,7 +22,12 @@ from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.session import make_target
 from pytest_kdriver.targets.libvirt import require_libvirt
+from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.runs import abandoned_runs
+from pytest_kdriver.targets.target import Target
+from pytest_kdriver.targets.windows.in_force import NotInForce
+from pytest_kdriver.targets.windows.self_test import Result
+from pytest_kdriver.targets.windows.self_test import self_test as try_claims
 from pytest_kdriver.toolchain import TARGET, find_toolchain
 from pytest_kdriver.vm_config import DEFAULT_URI
 
@@ -66,31 +71,44 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="NAME",
         help="the target to try, instead of the config's; may be repeated",
     )
+    parser.add_argument(
+        "--self-test",
+        action="store_true",
+        help="go through what the documents say of Windows, also where the guest is none; with a Windows "
+        "this is done by itself",
+    )
     parser.add_argument("--json", action="store_true", help="as a JSON list, for programs")
     parser.set_defaults(call=call)
 
 
 def call(options: argparse.Namespace) -> int:
     """Look, and tell."""
-    findings = []
-    for finding in examine(Path.cwd(), options.vm):
-        findings.append(finding)
+    told = []
+    for found in examine(Path.cwd(), options.vm, self_test=options.self_test):
+        told.append(found)
         if not options.json:
-            print(_line(finding), flush=True)  # a trial takes a while
+            print(_line(found), flush=True)  # a trial takes a while
+    findings = [found for found in told if isinstance(found, Finding)]
     missing = [finding for finding in findings if finding.state is State.MISSING]
     if options.json:
-        print(json.dumps([{**asdict(f), "state": f.state.value} for f in findings], indent=2))
-    elif missing:
+        print(json.dumps([_as_json(found) for found in told], indent=2))
+        return 1 if missing else 0
+    if len(told) > len(findings):
+        print("\nplease send us this table: it is what no Windows has shown us yet")
+    if missing:
         print(f"\n{', '.join(finding.name for finding in missing)}: missing, see above")
     else:
         print("\nnothing is missing")
     return 1 if missing else 0
 
 
-def examine(start: Path, targets: Sequence[str] = ()) -> Iterator[Finding]:
+def examine(
+    start: Path, targets: Sequence[str] = (), *, self_test: bool = False
+) -> Iterator[Finding | Result]:
     """What there is for the project that the folder ``start`` belongs to, one thing after the other.
 
-    ``targets`` are those to try; none: those of the config.
+    ``targets`` are those to try; none: those of the config. What the documents say of Windows is tried where
+    there is one, or ``self_test`` says so.
     """
     yield _machine()
     yield _packages()
@@ -118,7 +136,7 @@ def examine(start: Path, targets: Sequence[str] = ()) -> Iterator[Finding]:
             {str(machine.vm.get("uri", DEFAULT_URI)) for machine in machines}
         )
     for target in chosen:
-        yield _target(target)
+        yield from _target(target, config, self_test=self_test)
 
 
 def _machine() -> Finding:
@@ -245,20 +263,47 @@ def _libvirt(uri: str) -> Finding:
     )
 
 
-def _target(config: TargetConfig) -> Finding:
-    name = config.name
+def _target(
+    config: TargetConfig, project: Config, *, self_test: bool
+) -> Iterator[Finding | Result]:
+    name = f"target {config.name}"
     begin = time.monotonic()
     try:
         target = make_target(config)
         try:
-            target.start()
-            took = time.monotonic() - begin
-            detail = f"{target.describe()}, started in {took:.1f} s"
+            yield _started(target, name, begin)
+            on_windows = target.agent.info.wine_version is None
+            if isinstance(target, MachineTarget) and (self_test or on_windows):
+                yield from try_claims(target, _samples(project))
         finally:
             target.close()
     except (KdriverError, OSError) as error:
-        return Finding(name=f"target {name}", state=State.MISSING, detail=str(error))
-    return Finding(name=f"target {name}", state=State.OK, detail=detail)
+        yield Finding(name=name, state=State.MISSING, detail=str(error))
+
+
+def _started(target: Target, name: str, begin: float) -> Finding:
+    """Start it; also a Windows on which no test would be run, so that it can be looked at."""
+    try:
+        target.start()
+    except NotInForce as error:
+        assert isinstance(target, MachineTarget), "no other asserts anything"
+        target.asserts = False
+        target.start()
+        return Finding(name=name, state=State.MISSING, detail=str(error))
+    took = time.monotonic() - begin
+    detail = f"{target.describe()}, started in {took:.1f} s"
+    return Finding(name=name, state=State.OK, detail=detail)
+
+
+def _samples(project: Config) -> Callable[[str], Path]:
+    """Finds a sample driver of this package, where the project's drivers are these."""
+
+    def find(name: str) -> Path:
+        if project.manifest is None:
+            raise BuildError("this project has no manifest of drivers")
+        return Cargo(project.manifest, profile=project.profile).build(name)
+
+    return find
 
 
 def _leftovers() -> Finding:
@@ -273,7 +318,28 @@ def _leftovers() -> Finding:
     )
 
 
-def _line(finding: Finding) -> str:
+def _as_json(found: Finding | Result) -> dict[str, object]:
+    if isinstance(found, Finding):
+        return {**asdict(found), "state": found.state.value}
+    return {
+        "claim": found.claim.text,
+        "where": found.claim.where,
+        "how": found.claim.how,
+        "outcome": found.outcome.verdict.value,
+        "seen": found.outcome.seen,
+    }
+
+
+def _line(found: Finding | Result) -> str:
+    if isinstance(found, Finding):
+        return _finding_line(found)
+    claim, outcome = found.claim, found.outcome
+    how = f", by {claim.how}" if claim.how else ""
+    seen = outcome.seen.replace("\n", "\n    ")
+    return f"{outcome.verdict.value:14} {claim.text}\n    {seen}\n    [{claim.where}{how}]"
+
+
+def _finding_line(finding: Finding) -> str:
     told = finding.detail.replace("\n", "\n    ")
     remedy = f"\n    -> {finding.remedy}" if finding.remedy else ""
     return f"{finding.state.value:8} {finding.name}: {told}{remedy}"

@@ -57,6 +57,6 @@ def test_another_one_is_refused(
     """The image is swapped: a Wine that harms a status can't be had."""
     other = tmp_path / "other"
     other.write_bytes(build(code=SUCCEEDS, pointers=1))
-    monkeypatch.setattr(exact_status, "_IMAGE", other)
+    monkeypatch.setattr(exact_status, "IMAGE", other)
     with pytest.raises(NotInForce, match="0xC0DE1234.* came back as STATUS_SUCCESS"):
         assert_exact_status(target, tmp_path)

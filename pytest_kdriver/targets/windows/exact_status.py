@@ -21,7 +21,7 @@ SERVICE: Final = "kdriver-proof"
 TIMEOUT: Final = 60.0
 """Seconds for the whole of it, on a machine that is busy with its start."""
 
-_IMAGE: Final = Path(__file__).with_name("exact_status.bin")
+IMAGE: Final = Path(__file__).with_name("exact_status.bin")
 """``mov eax, 0xC0DE1234; ret``, as an image; the tests make it."""
 
 _REASONS: Final[Mapping[int, str]] = {
@@ -39,7 +39,7 @@ def load_proof(target: Target, folder: Path) -> LoadOutcome:
     Raises what the target's ``install`` and ``load`` do. The image stays in the guest, to be found again.
     """
     image = folder / f"{SERVICE}.sys"
-    shutil.copyfile(_IMAGE, image)
+    shutil.copyfile(IMAGE, image)
     target.install(SERVICE, image, {}, TIMEOUT)
     try:
         return target.load(SERVICE, TIMEOUT)
