@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import clone, cycle, first_driver, flood, ioctl, preflight, symbols, unused, vm
+from bench import clone, cycle, first_driver, flood, ioctl, preflight, symbols, unused, vm, winrm
 from bench.figure import Figure
 from bench.table import render
 
@@ -26,6 +26,7 @@ MEASUREMENTS = {
     "ioctl": ioctl.measure,
     "preflight": preflight.measure,
     "symbols": symbols.measure,
+    "winrm": winrm.measure,
     "vm": vm.measure,
 }
 

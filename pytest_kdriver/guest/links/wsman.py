@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+import uuid
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,10 @@ _AROUND: Final = 8 << 10
 
 _LONGEST_ANSWER: Final = 2 * LARGE_ENVELOPE
 """The most bytes of an answer, which is held in memory. Servers keep to the size that they were told."""
+
+_ID: Final = uuid.uuid4().hex
+_DATA: Final = uuid.uuid4().hex
+"""Stand for an envelope's id and data until these are put in; base64 has nothing to be escaped."""
 
 _SHELL: Final = "http://schemas.microsoft.com/wbem/wsman/1/windows/shell"
 _CONFIG: Final = "http://schemas.microsoft.com/wbem/wsman/1/config"
@@ -219,6 +224,7 @@ class _Transport(Transport):
 
     def build_session(self) -> requests.Session:
         session = super().build_session()
+        session.trust_env = False
         self._mount(session)
         return session
 
@@ -262,6 +268,7 @@ class Session(Protocol):
         self.transport.adapter = _Adapter(self.line)
         self._used = 0.0
         self._operation_timeout = 0.0
+        self._input: tuple[object, str] = (None, "")
 
     @property
     def payload(self) -> int:
@@ -329,20 +336,22 @@ class Session(Protocol):
 
     def send_input(self, shell: str, command: str, data: bytes, *, end: bool = False) -> None:
         """Write to the command's standard input."""
-        self._request(
-            shell,
-            "Send",
-            {
-                "rsp:Send": {
-                    "rsp:Stream": {
-                        "@Name": "stdin",
-                        "@CommandId": command,
-                        "@End": "true" if end else "false",
-                        "#text": base64.b64encode(data).decode(),
-                    }
-                }
-            },
-        )
+        key = (shell, command, end, self._operation_timeout)
+        if self._input[0] != key:
+            self._input = (key, self._input_envelope(shell, command, end=end))
+        text = self._input[1].replace(_ID, str(uuid.uuid4()).upper())
+        ET.fromstring(self.send_message(text.replace(_DATA, base64.b64encode(data).decode())))  # noqa: S314
+
+    def _input_envelope(self, shell: str, command: str, *, end: bool) -> str:
+        """An envelope without its data. To make it anew each time takes a tenth of the time of a Send."""
+        stream = {
+            "@Name": "stdin",
+            "@CommandId": command,
+            "@End": "true" if end else "false",
+            "#text": _DATA,
+        }
+        message = self._message(shell, "Send", {"rsp:Send": {"rsp:Stream": stream}}, _ID)
+        return xmltodict.unparse(message)  # type: ignore[no-any-return]  # its types are not known
 
     def receive_output(self, shell: str, command: str) -> Output:
         """Wait for output. ``OperationTimeout`` if there was none."""
@@ -374,11 +383,19 @@ class Session(Protocol):
         )
 
     def _request(self, shell: str, action: str, body: Mapping[str, object]) -> ET.Element:
-        message = self.build_wsman_header(
-            action=f"{_SHELL}/{action}", resource_uri=f"{_SHELL}/cmd", shell_id=shell
+        message = xmltodict.unparse(self._message(shell, action, body))
+        return ET.fromstring(self.send_message(message))  # noqa: S314
+
+    def _message(
+        self, shell: str, action: str, body: Mapping[str, object], message_id: str | None = None
+    ) -> dict[str, object]:
+        envelope = self.build_wsman_header(
+            action=f"{_SHELL}/{action}",
+            resource_uri=f"{_SHELL}/cmd",
+            shell_id=shell,
+            message_id=message_id,
         )
-        message["env:Body"] = body
-        return ET.fromstring(self.send_message(xmltodict.unparse({"env:Envelope": message})))  # noqa: S314
+        return {"env:Envelope": envelope | {"env:Body": body}}
 
 
 def took_too_long(error: Exception) -> bool:
