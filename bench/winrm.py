@@ -104,7 +104,8 @@ def _copies(agent: Agent, server: WsmanServer, bare: BarePrefix, folder: Path) -
             limit=1,
             limited=Limited.RATIO,
             note=f"{SIZE // _MEGABYTE} MB over WinrmLink, until the program there has them in a file; best "
-            f"of {STREAM_RUNS}, as what else runs only adds. Floor: pypsrp's WinRS, in envelopes of the same size, by turns",
+            f"of {STREAM_RUNS}, as what else runs only adds. Floor: pypsrp's WinRS, in envelopes of the same "
+            "size, by turns",
         ),
     ]
 
