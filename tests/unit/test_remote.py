@@ -326,8 +326,9 @@ class Windows(FakeGuest):
     def _value(self, request: Message) -> Message:
         assert isinstance(request, messages.GetValue)
         held = self.values.get((request.key, request.name))
-        if request.name == "ImagePath":
-            held = f"\\??\\{self.services[request.key.rpartition(chr(92))[2]]}"
+        service = request.key.rpartition("\\")[2]
+        if request.name == "ImagePath" and service in self.services:
+            held = f"\\??\\{self.services[service]}"
         if held is None:
             return messages.OptionalValue(value=None)
         kind, data = encode_value(held)

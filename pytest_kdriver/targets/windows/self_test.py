@@ -145,6 +145,23 @@ _PLACES: Final = (
         trial=trials.the_agent_answers,
     ),
     Claim(
+        text="kdriver image build installs it by nobody's hand",
+        where="docs/windows-images.md#disk-images-of-windows",
+        how="what Setup says of itself, and the agent's service",
+        trial=trials.kdriver_installed_it,
+    ),
+    Claim(
+        text="a clone of it boots by UEFI with new variables",
+        where="docs/windows-images.md#while-it-installs",
+        how="PEFirmwareType of a machine that runs",
+        trial=trials.a_clone_boots_by_uefi,
+    ),
+    Claim(
+        text="keys answer the CD's question, $WinPEDriver$ brings virtio's drivers, LabConfig is heeded",
+        where="docs/windows-images.md#while-it-installs",
+        trial="kdriver image build shows it",
+    ),
+    Claim(
         text="what bcdedit writes is what the kernel does behind the next restart",
         where="docs/windows.md#a-windows-for-tests",
         how="the element of test signing in the registry, and the kernel's own word",

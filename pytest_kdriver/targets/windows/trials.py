@@ -30,8 +30,14 @@ from pytest_kdriver.targets.windows.in_force import (
     examine,
     secure_boot,
 )
-from pytest_kdriver.targets.windows.kinds import Element, Setting
-from pytest_kdriver.targets.windows.settings import INTEGRITY, Wanted, settings
+from pytest_kdriver.targets.windows.kinds import Element, Setting, shown
+from pytest_kdriver.targets.windows.settings import (
+    CONTROL,
+    INTEGRITY,
+    SERVICES,
+    Wanted,
+    settings,
+)
 from pytest_kdriver.win32error import Win32Error
 
 SERVICE: Final = "kdriver-self-test"
@@ -49,6 +55,8 @@ LOADS_WITH_WORDS: Final = bytes.fromhex("488d050a000000 48894168 b800000040 c3 c
 
 STAYS: Final = bytes.fromhex("31c0 c3")
 """``xor eax, eax; ret``: a driver without DriverUnload."""
+
+SETUP_STATE: Final = r"SOFTWARE\Microsoft\Windows\CurrentVersion\Setup\State"
 
 POOL2_BUILD: Final = 19041
 """Windows 10 2004."""
@@ -214,6 +222,29 @@ def ancestors(agent: Agent) -> list[str]:
         names.append(process.name)
         pid = process.parent
     return names or ["(not among the processes)"]
+
+
+def kdriver_installed_it(bench: Workbench) -> Outcome:
+    """That it has the agent's service, and says that its Setup is over."""
+    agent = bench.agent
+    service = agent.get_value(f"{SERVICES}\\{AGENT_SERVICE}", "ImagePath")
+    if service is None:
+        return untried("kdriver image build has not installed this machine")
+    state = agent.get_value(SETUP_STATE, "ImageState")
+    return holds(
+        state == "IMAGE_STATE_COMPLETE", f"ImageState {shown(state)}, the service {shown(service)}"
+    )
+
+
+def a_clone_boots_by_uefi(bench: Workbench) -> Outcome:
+    """That a machine that kdriver installed, and that has UEFI, came up with new variables."""
+    agent = bench.agent
+    if agent.get_value(f"{SERVICES}\\{AGENT_SERVICE}", "ImagePath") is None:
+        return untried("kdriver image build has not installed this machine")
+    firmware = agent.get_value(CONTROL, "PEFirmwareType")
+    if firmware != 2:
+        return untried(f"it has no UEFI (PEFirmwareType {shown(firmware)})")
+    return holds(True, "it runs, and PEFirmwareType is 2")
 
 
 # --- loading ------------------------------------------------------------------------------------------
