@@ -32,6 +32,7 @@
     winrm_ca = "path"           # certificates that are trusted; else the system's
     winrm_command = "kdagent"
     boot_timeout = 300          # seconds from power on to the agent's answer
+    warm_start = true           # go on from where a guest like it was once it had booted
     without = ["snapshots"]     # capabilities it shall not have
 
 A password comes from the environment, ``KDRIVER_PASSWORD_`` and the target's name in capitals, which counts
@@ -102,6 +103,7 @@ class VmConfig:
     winrm_ca: Path | None = None
     winrm_command: str = "kdagent"
     boot_timeout: float = 300.0
+    warm_start: bool = True
 
     @property
     def tcp_port(self) -> int | None:
@@ -267,6 +269,7 @@ _CHECKS: Final[Mapping[str, _Check]] = {
     "winrm_ca": _path,
     "winrm_command": _text,
     "boot_timeout": _seconds,
+    "warm_start": _flag,
 }
 
 VM_KEYS: Final = tuple(_CHECKS)

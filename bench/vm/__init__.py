@@ -14,6 +14,7 @@ def measure() -> list[Figure]:
         put,
         revert,
         sessions,
+        start,
     )  # who measures something else may lack libvirt
     from bench.vm.guest import BareGuest, own_libvirt, winevm_target
 
@@ -21,4 +22,5 @@ def measure() -> list[Figure]:
         with winevm_target(uri) as target, closing(BareGuest(uri)) as bare:
             figures = cycle.measure(target) + put.measure(target, bare)
             figures += revert.measure(target, bare)
+        figures += start.measure(uri)
         return figures + sessions.measure(uri)

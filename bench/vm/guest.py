@@ -54,7 +54,8 @@ def _own_cache() -> Iterator[Path]:
     own = home / f"bench-{os.getpid()}"
     own.mkdir(parents=True)
     try:
-        kept = dict.fromkeys(("wine", "programs", "hosts"), real) | {"disks": home}
+        kept = dict.fromkeys(("wine", "programs", "hosts"), real)
+        kept |= dict.fromkeys(("disks", "booted"), home)
         for name, folder in kept.items():
             (folder / name).mkdir(exist_ok=True, parents=True)
             (own / name).symlink_to(folder / name)
@@ -92,9 +93,10 @@ def _tell(phase: Phase) -> None:
 
 
 @contextmanager
-def winevm_target(uri: str) -> Iterator[MachineTarget]:
+def winevm_target(uri: str, **settings: object) -> Iterator[MachineTarget]:
     """A started target with one virtual CPU, whose agent is at its serial port."""
-    config = TargetConfig(name=IMAGE, kind="libvirt", vm={"image": IMAGE, "uri": uri, "cpus": 1})
+    vm = {"image": IMAGE, "uri": uri, "cpus": 1, **settings}
+    config = TargetConfig(name=IMAGE, kind="libvirt", vm=vm)
     target = MachineTarget(config.name, LibvirtMachine(config))
     try:
         target.start()

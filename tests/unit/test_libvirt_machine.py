@@ -74,7 +74,7 @@ class FakeDomain:
         self._libvirt = libvirt
         self._name = name
 
-    def create(self) -> None:
+    def createWithFlags(self, flags: int) -> None:
         self._libvirt.do(f"create {self._name}", "create")
 
     def destroy(self) -> None:
@@ -125,6 +125,7 @@ class FakeHypervisor(Hypervisor):
     def __init__(self, uri: str, emulator: Path, refuses: dict[str, BaseException]) -> None:
         self.uri = uri
         self.emulator = emulator
+        self.qemu_version = "7.2.22"
         self.owner = Owner(os.geteuid(), os.getegid())
         self.libvirt = FakeLibvirt(refuses)
         self._lock = threading.RLock()

@@ -64,7 +64,8 @@ def vm_cache() -> Iterator[Path]:
     _remove_leftovers(home)
     own = home / f"tests-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     own.mkdir(parents=True)
-    kept_where = dict.fromkeys(("wine", "programs", "hosts"), real) | {"disks": home}
+    kept_where = dict.fromkeys(("wine", "programs", "hosts"), real)
+    kept_where |= dict.fromkeys(("disks", "booted"), home)
     for name, kept in kept_where.items():
         (kept / name).mkdir(exist_ok=True, parents=True)
         (own / name).symlink_to(kept / name)

@@ -133,19 +133,22 @@ class TestStart:
             assert f"kdriver vm {command} {machine}" in started.stdout
         assert "winevm under libvirt" in started.stderr
 
-    def test_tells_of_another_and_ctrl_c_leaves_nothing_of_this_one(
+    def test_tells_of_another_and_ctrl_c_leaves_nothing_of_this_one(  # noqa: PLR0917 -- fixtures
         self,
         machine: str,
-        home: Path,
+        libvirt_uri: str,
+        tmp_path: Path,
         environment: dict[str, str],
         doctor: Callable[[], tuple[int, str]],
         there: Callable[[], set[str]],
     ) -> None:
         doctor()  # whose machine is gone by then
+        settings = f'[targets.winevm]\nuri = "{libvirt_uri}"\nwarm_start = false\n'
+        (tmp_path / "kdriver.toml").write_text(settings)  # one that takes its time
         before = there()
         process = subprocess.Popen(
             [KDRIVER, "vm", "start", "winevm"],
-            cwd=home,
+            cwd=tmp_path,
             env=environment,
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -172,7 +175,7 @@ class TestStart:
     def test_of_an_unknown_name_says_which_there_are(self, kdriver: Kdriver) -> None:
         done = kdriver("vm", "start", "winvm")
         assert done.returncode == 2
-        assert "no target 'winvm' (did you mean 'winevm'?); there are: wine, winevm" in done.stderr
+        assert "no target 'winvm' (did you mean 'winevm'?); there are: " in done.stderr
 
 
 class TestRun:

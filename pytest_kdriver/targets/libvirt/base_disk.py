@@ -42,20 +42,16 @@ class BaseDisk:
 
 def make_overlay(base: Path, overlay: Path) -> None:
     """Make a linked clone: an empty qcow2 file that has ``base`` behind it. Raises ``TargetError``."""
-    described = describe_disk(base)
-    qemu_img(
-        *(
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-F",
-            str(described["format"]),
-            "-b",
-            str(base.absolute()),
-        ),
-        str(overlay),
-    )
+    qemu_img("create", "-q", "-f", "qcow2", *_behind(base), str(overlay))
+
+
+def point_to_base(overlay: Path, base: Path) -> None:
+    """Tell a linked clone where the disk behind it lies now. Raises ``TargetError``."""
+    qemu_img("rebase", "-u", "-f", "qcow2", *_behind(base), str(overlay))
+
+
+def _behind(base: Path) -> list[str]:
+    return ["-F", str(describe_disk(base)["format"]), "-b", str(base.absolute())]
 
 
 def describe_disk(path: Path, kind: str | None = None) -> dict[str, object]:

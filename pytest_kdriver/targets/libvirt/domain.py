@@ -8,8 +8,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -87,6 +87,7 @@ class Domain:
         self._lock = threading.Lock()
         self._stopped: str | None = "not started"
         self._resets_allowed = _RESETS_WHILE_BOOTING
+        self._held = False
         self._callbacks: list[Callable[[], object]] = []
         self._methods: dict[str, SnapshotMethod] = {}
         self._nodes: tuple[str, list[str]] | None = None
@@ -111,8 +112,8 @@ class Domain:
         except TargetError as e:
             raise TargetError(f"libvirt refuses the domain: {e}") from e
 
-    def start(self, *, timeout: float = _START_TIMEOUT) -> None:
-        """Start QEMU; the guest begins to boot. Raises ``TargetError``."""
+    def start(self, *, timeout: float = _START_TIMEOUT, paused: bool = False) -> None:
+        """Start QEMU; the guest begins to boot, unless it is to be ``paused``. Raises ``TargetError``."""
         self._forget_events()
         self._listen()
         self._hypervisor.watch(self._reconnected)
@@ -123,13 +124,43 @@ class Domain:
             self.resets = 0
             self._resets_allowed = _RESETS_WHILE_BOOTING
         try:
-            call(self._domain().create, timeout=timeout)
+            flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
+            call(self._domain().createWithFlags, flags, timeout=timeout)
         except TargetError as e:
             self._forget_events()
             with self._lock:
                 self._stopped = f"did not start: {e}"
             raise TargetError(f"QEMU does not start: {e}") from e
         self._check_status()
+
+    def start_from(self, tag: str, *, timeout: float = _START_TIMEOUT) -> None:
+        """Start QEMU; the guest goes on from a snapshot that its disk has, by QMP. Raises ``TargetError``."""
+        with self._holding():
+            self.start(timeout=timeout, paused=True)
+            self._methods[tag] = "qmp"
+            self.snapshot_load(tag, timeout=timeout)
+            self._resets_allowed = self.resets
+            call(self._domain().resume)
+        self._check_status()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The guest stands still meanwhile, and its disk's file is as it is on a machine that is off."""
+        with self._holding():
+            call(self._domain().suspend)
+            try:
+                yield
+            finally:
+                call(self._domain().resume)
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Who pauses it is us."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
     def destroy(self) -> None:
         """End QEMU, whatever it does. Raises ``TargetError`` where it stays."""
@@ -360,7 +391,7 @@ class Domain:
 
     def _check_status(self) -> None:
         status = self.monitor("query-status")["status"]
-        if status in _STATUS:
+        if status in _STATUS and not (self._held and status == "paused"):
             self._note(_STATUS[status])
 
     def _reconnected(self, back: bool) -> None:

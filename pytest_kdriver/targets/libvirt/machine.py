@@ -42,6 +42,7 @@ from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
 from pytest_kdriver.targets.libvirt.enlightenments import Enlightenments, find_enlightenments
 from pytest_kdriver.targets.libvirt.kept import KeptVm
 from pytest_kdriver.targets.libvirt.leftovers import domain_resource
+from pytest_kdriver.targets.libvirt.warm_start import WarmStart
 from pytest_kdriver.targets.machine import Guest
 from pytest_kdriver.targets.port_pump import PortPump
 from pytest_kdriver.targets.prefix import MORE_ROOM
@@ -129,20 +130,29 @@ class LibvirtMachine:
         if self.base is None:
             self.base = BaseDisk(base, sha256)
         self.base.check()
-        guest = self._try_to_boot(hypervisor, run, log, f"{generation}")
-        if guest is None:
-            guest = self._try_to_boot(hypervisor, run, log, f"{generation}-tcg")
-        assert guest is not None, "only KVM gets a second try"
-        return guest
+        for attempt in ("", "-2", "-3"):
+            guest = self._try_to_boot(hypervisor, run, log, f"{generation}{attempt}")
+            if guest is not None:
+                return guest
+        raise AssertionError("only a warm start, and KVM, get a second try")
 
     def _try_to_boot(
         self, hypervisor: Hypervisor, run: Run, log: KernelLog, number: str
     ) -> Guest | None:
-        """Make a domain and bring it up; None where KVM failed it, which is remembered."""
+        """Make a domain and bring it up; None where it failed in a way that does not come again.
+
+        KVM's failure is remembered, and a guest that does not go on from where it was kept is kept no longer.
+        """
         self._vm = vm = self._make(hypervisor, run, number)
         try:
             return self._bring_up(vm, log)
         except BaseException as error:
+            if vm.is_warm and isinstance(error, TargetError | LinkError | TimeoutError):
+                self.end()
+                _say(
+                    f"target {self._target} boots, as it could not go on from its last boot: {error}"
+                )
+                return None
             try:
                 told = self._last_words(vm) if isinstance(error, TargetError | TimeoutError) else ""
                 why, kvm_failed = vm.domain.stopped, vm.note_kvm_failure()
@@ -168,12 +178,6 @@ class LibvirtMachine:
             folder.mkdir(mode=0o700)
             undo.callback(remove_quietly, folder)
             hypervisor.let_through(run.path)
-            overlay = folder / "disk.qcow2"
-            make_overlay(self.base.path, overlay)
-            # The folder comes last: what its owner puts there must not be written to in our name.
-            hypervisor.give(overlay)
-            hypervisor.hand_over(folder)
-            hypervisor.require_access(overlay)
 
             def announce(path: Path) -> None:
                 run.record(SOCKETS, path)
@@ -181,10 +185,29 @@ class LibvirtMachine:
 
             sockets = hypervisor.make_socket_folder(announce)
             spec = self._specify(hypervisor, run, number, folder=folder, sockets=sockets)
-            run.record(DOMAIN, domain_resource(hypervisor.uri, spec.name))
+            overlay = folder / "disk.qcow2"
             vm = _Vm(hypervisor, spec, run, folder, sockets)
+            if self._can_start_warm():
+                vm.warm_start = WarmStart(spec, self.base.sha256, hypervisor.qemu_version)
+                vm.is_warm = vm.warm_start.take(overlay, self.base.path)
+            if not vm.is_warm:
+                make_overlay(self.base.path, overlay)
+            # The folder comes last: what its owner puts there must not be written to in our name.
+            hypervisor.give(overlay)
+            hypervisor.hand_over(folder)
+            hypervisor.require_access(overlay)
+            run.record(DOMAIN, domain_resource(hypervisor.uri, spec.name))
             undo.pop_all()
             return vm
+
+    def _can_start_warm(self) -> bool:
+        """Whether a guest may go on from where another one was kept, in a QEMU of its own.
+
+        What has state outside of memory and disk, UEFI's variables or a TPM, was not seen to.
+        """
+        config = self._config
+        plain = config.firmware == "bios" and not config.tpm and config.cdrom is None
+        return config.warm_start and plain and "snapshots" in self.capabilities
 
     def _specify(
         self, hypervisor: Hypervisor, run: Run, number: str, *, folder: Path, sockets: Path
@@ -235,8 +258,12 @@ class LibvirtMachine:
 
     def _bring_up(self, vm: _Vm, log: KernelLog) -> Guest:
         vm.domain.define()
-        vm.domain.start()
         deadline = time.monotonic() + self._config.boot_timeout
+        if vm.is_warm:
+            vm.domain.start_from(SNAPSHOT)
+            deadline = time.monotonic() + RESUME_TIMEOUT
+        else:
+            vm.domain.start()
         feed = None
         if self._config.kernel_log != "none":
             vm.pump = feed = PortPump(vm.sockets / "trace", WineTrace, log, self._target)
@@ -301,11 +328,17 @@ class LibvirtMachine:
     def save(self, guest: Guest) -> Guest:
         """See ``Machine``. No session with the agent is in the snapshot."""
         vm = self._running()
+        if vm.is_warm:  # by the snapshot that it is put back to
+            vm.method = "qmp"
+            return guest
         if self._config.tcp_port is not None:
             guest.agent.close()
         else:
             guest.agent.park(timeout=RESUME_TIMEOUT)
         vm.method = vm.domain.snapshot_save(SNAPSHOT)
+        if vm.warm_start is not None and vm.method == "qmp":
+            with vm.domain.held(), suppress(OSError):  # it is a gain of time, and no more
+                vm.warm_start.keep(vm.folder / "disk.qcow2")
         vm.agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
         return Guest(vm.agent, guest.feed)
 
@@ -388,7 +421,9 @@ class LibvirtMachine:
     def _rebuild(self) -> str:
         if self._recipe is None:
             return f"mend {self._config.disk}"
-        return f"kdriver image remove {self._recipe.name}, then run again"
+        name = self._recipe.name
+        again = f"kdriver image build {name} --iso FILE" if self._recipe.windows else "run again"
+        return f"kdriver image remove {name}, then {again}"
 
     def catch_up(self, guest: Guest) -> bool:  # noqa: ARG002
         """See ``Machine``. The log comes by a port of its own, which is no faster than the agent's."""
@@ -444,6 +479,8 @@ class _Vm:
         self.pump: PortPump | None = None
         self.method: SnapshotMethod | None = None
         self.stopped = threading.Event()
+        self.warm_start: WarmStart | None = None
+        self.is_warm = False
 
     @property
     def lost_a_port(self) -> bool:
@@ -478,7 +515,13 @@ class _Vm:
                 end.close()
 
     def end(self) -> None:
-        """End it, and remove what was made for it. Never raises for what is gone already."""
+        """End it, and remove what was made for it. Never raises for what is gone already.
+
+        A warm start that came to nothing is not tried again.
+        """
+        if self.is_warm and self.method is None:
+            assert self.warm_start is not None
+            self.warm_start.drop()
         with ExitStack() as last_to_first:
             last_to_first.callback(remove_quietly, self.folder)
             last_to_first.callback(remove_sockets, self._run, self.sockets)
