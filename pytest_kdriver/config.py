@@ -64,7 +64,10 @@ _TARGET_KEYS = {
 }
 """The kinds of target, and what each may be told."""
 
-_BUILT_IN_KINDS: Final = {"wine": "wine", "winevm": "libvirt"}
+_BUILT_IN_VMS: Final = ("winevm", "win10", "win11", "server2022", "server2025")
+"""Machines of the disk images that this package has recipes of."""
+
+_BUILT_IN_KINDS: Final = {"wine": "wine"} | dict.fromkeys(_BUILT_IN_VMS, "libvirt")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
 """It becomes part of file names, and of libvirt's."""
 
@@ -176,7 +179,10 @@ def _parse(table: Mapping[str, object], path: Path, root: Path) -> Config:
 def _targets(table: object, where: str, root: Path) -> dict[str, TargetConfig]:
     targets = {
         "wine": TargetConfig(name="wine", kind="wine"),
-        "winevm": TargetConfig(name="winevm", kind="libvirt", vm={"image": "winevm"}),
+        **{
+            name: TargetConfig(name=name, kind="libvirt", vm={"image": name})
+            for name in _BUILT_IN_VMS
+        },
     }
     if not isinstance(table, dict):
         raise ConfigError(f"{where}: targets is no table; write [targets.NAME]")

@@ -171,7 +171,7 @@ class TestUsage:
             ),
             (
                 'vm = "win"',
-                "kdriver: vm: no target 'win' (did you mean 'wine'*there are: wine, winevm",
+                "kdriver: vm: no target 'win' (did you mean 'wine'*there are: *, wine, winevm",
             ),
             ('vm = "wine"\nisolation = "tests"', "isolation is 'tests'; allowed: test, module*"),
             ('vm = "wine"\ntimeout = -1', "timeout is -1; allowed: seconds, more than 0"),
@@ -210,7 +210,7 @@ class TestUsage:
         result = project.runpytest_inprocess("--kdriver-vm", "wind")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         result.stderr.fnmatch_lines(
-            ["ERROR: no target 'wind' (did you mean 'wine'*there are: wine, winevm"]
+            ["ERROR: no target 'wind' (did you mean 'wine'*there are: *, wine, winevm"]
         )
 
     def test_a_project_that_uses_no_target_is_not_asked_for_its_config(
