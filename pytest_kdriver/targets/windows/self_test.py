@@ -115,6 +115,11 @@ _PLACES: Final = (
         trial=trials.a_virtual_machine_runs,
     ),
     Claim(
+        text="a Windows goes on from where another one had booted to",
+        where="docs/targets.md#warm-starts",
+        trial="a second run shows it: it begins within seconds, and tells if it boots instead",
+    ),
+    Claim(
         text="the sample drivers load and unload; here: hello",
         where="drivers/README.md#what-is-verified-where",
         how="building and loading it",
