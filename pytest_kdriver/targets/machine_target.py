@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -74,6 +75,7 @@ class MachineTarget:
         self._not_in_force: list[Fact] = []
         self._status_tried = False
         self._inexact_status: list[Fact] = []
+        self._told: set[str] = set()
 
     # the guest
 
@@ -106,12 +108,16 @@ class MachineTarget:
     def describe(self) -> str:
         """See ``Target``."""
         told = self.machine.describe()
-        lacking = [*self._not_in_force, *self._inexact_status]
-        if not lacking:
+        if not self._lacking:
             return told
         return f"{told}; not in force there: " + ", ".join(
-            f"{fact.name} ({fact.found})" for fact in lacking
+            f"{fact.name} ({fact.found})" for fact in self._lacking
         )
+
+    @property
+    def _lacking(self) -> list[Fact]:
+        """What a Windows has not in force, and no test suffers from."""
+        return [*self._not_in_force, *self._inexact_status]
 
     def start(self) -> None:
         """See ``Target``."""
@@ -140,6 +146,7 @@ class MachineTarget:
             self._verify()
             self._clean()
             self._prove_status()
+            self._tell_lacking()
             if "snapshots" in self.capabilities:
                 self._go_on_with(self.machine.save(self.guest))
 
@@ -183,6 +190,14 @@ class MachineTarget:
         self._inexact_status = assert_exact_status(self, self._run.path)
         self._status_tried = True
         self._touched = False
+
+    def _tell_lacking(self) -> None:
+        """Tell each thing once: pytest, which shows nothing of it, has named the target long before."""
+        for fact in self._lacking:
+            if fact.name not in self._told:
+                told = f"target {self.name}: not in force there: {fact.name}, {fact.found}. {fact.mends}"
+                print(f"kdriver: {told}", file=sys.__stderr__, flush=True)
+                self._told.add(fact.name)
 
     @property
     def _on_wine(self) -> bool:

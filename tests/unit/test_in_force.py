@@ -306,11 +306,19 @@ class TestATarget:
             assert "exact status (not tried: there is no osslsigncode" in target.describe()
         assert windows.asked(messages.LoadDriver) == []
 
-    def test_says_in_its_description_what_is_not_in_force(self, start: Start) -> None:
-        windows = Windows()
-        value(f"{CONTROL}\\CrashControl", "AutoReboot", 0)(windows)
-        with start(windows) as target:
+    def test_tells_once_what_is_not_in_force_and_no_test_suffers_from(
+        self, start: Start, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        windows, second = Windows(), Windows()
+        for one in (windows, second):
+            value(f"{CONTROL}\\CrashControl", "AutoReboot", 0)(one)
+        with start(windows, second) as target:
             assert target.describe() == (
                 "Windows 10.0.19045 on lab by a fake; not in force there: "
                 "crash dumps (CrashDumpEnabled is 3, AutoReboot 0)"
             )
+            windows.close()
+            target.repair()
+        told = capfd.readouterr().err
+        assert told.startswith("kdriver: target lab: not in force there: crash dumps, CrashDump")
+        assert told.count("crash dumps") == 1
