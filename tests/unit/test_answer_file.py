@@ -280,6 +280,17 @@ def test_the_agent_becomes_a_service_with_its_port(virtio: bool, port: str) -> N
     )
 
 
+@pytest.mark.parametrize("virtio", [False, True])
+def test_no_mouse_is_looked_for_where_the_agent_s_port_is(virtio: bool) -> None:
+    """Its driver would take the port for itself: stackoverflow.com/questions/9226082 and many others."""
+    found = commands(written(RECIPES["win11"], virtio=virtio), "Microsoft-Windows-Deployment")
+    mice = [command for command in found if "sermouse" in command]
+    expected = (
+        r"reg.exe add HKLM\SYSTEM\CurrentControlSet\Services\sermouse /v Start /t REG_DWORD /d 4 /f"
+    )
+    assert mice == ([] if virtio else [expected])
+
+
 def test_a_port_has_windows_name() -> None:
     assert agent_port("com4") == r"\\.\COM4"
     assert agent_port("virtio:kdriver.agent") == r"\\.\Global\kdriver.agent"

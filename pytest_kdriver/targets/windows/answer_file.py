@@ -61,6 +61,11 @@ def answer_file(setup: WindowsSetup, machine: VmConfig, secrets: Secrets) -> byt
     return text
 
 
+def is_virtio(machine: VmConfig) -> bool:
+    """Whether the agent's port is one of virtio's, and no COM port."""
+    return str(machine.agent_port).startswith("virtio:")
+
+
 def agent_port(port: str) -> str:
     """What Windows calls a port of the machine's: a COM port, or one of virtio's, as vioserial names them."""
     match = PORT.fullmatch(port)
@@ -138,8 +143,8 @@ def _bypasses(setup: WindowsSetup, machine: VmConfig) -> Iterable[str]:
             yield _reg_add(r"SYSTEM\Setup\LabConfig", f"Bypass{name}Check")
 
 
-def _reg_add(key: str, name: str) -> str:
-    return rf"reg.exe add HKLM\{key} /v {name} /t REG_DWORD /d 1 /f"
+def _reg_add(key: str, name: str, number: int = 1) -> str:
+    return rf"reg.exe add HKLM\{key} /v {name} /t REG_DWORD /d {number} /f"
 
 
 def _add_disk(component: ET.Element, *, uefi: bool) -> int:
@@ -177,6 +182,10 @@ def _specialize_commands(setup: WindowsSetup, machine: VmConfig) -> Iterable[str
     yield f'sc.exe create {AGENT_SERVICE} start= auto binPath= "{program}"'
     yield f"sc.exe failure {AGENT_SERVICE} reset= 0 actions= restart/1000"
     yield f"sc.exe failureflag {AGENT_SERVICE} 1"
+    if not is_virtio(
+        machine
+    ):  # else a "M" from the host, when Windows looks for mice, takes its port
+        yield _reg_add(r"SYSTEM\CurrentControlSet\Services\sermouse", "Start", 4)
     if machine.tpm:  # each clone has a TPM of its own, which has no key of this disk
         yield _reg_add(r"SYSTEM\CurrentControlSet\Control\BitLocker", "PreventDeviceEncryption")
     if setup.release == "w11":

@@ -28,6 +28,7 @@ from pytest_kdriver.targets.libvirt.domain_xml import CDROMS, DomainSpec
 from pytest_kdriver.targets.libvirt.enlightenments import find_enlightenments
 from pytest_kdriver.targets.libvirt.leftovers import domain_resource
 from pytest_kdriver.targets.runs import Run, remove_tree
+from pytest_kdriver.targets.windows.answer_file import is_virtio
 from pytest_kdriver.vm_config import VmConfig
 
 T = TypeVar("T")
@@ -226,6 +227,9 @@ class Installation:
         return False
 
     def _is_complete(self) -> bool:
+        """Ask; at a COM port not before the first restart, since Windows PE may take it for a mouse."""
+        if not is_virtio(self._machine) and not self._seen.restarts:
+            return False
         return self._ask(_state) == COMPLETE
 
     def restart(self) -> Agent:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from pytest_kdriver.errors import TargetError
 from pytest_kdriver.targets.recipe import Release
-from pytest_kdriver.targets.windows.answer_file import AGENT_FILE
+from pytest_kdriver.targets.windows.answer_file import AGENT_FILE, is_virtio
 from pytest_kdriver.vm_config import VmConfig
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def needed_drivers(machine: VmConfig) -> tuple[str, ...]:
     """The folders of virtio-win's CD that have the drivers for this machine."""
     needed = {
         "viostor": machine.bus == "virtio",
-        "vioserial": str(machine.agent_port).startswith("virtio:"),
+        "vioserial": is_virtio(machine),
         "NetKVM": machine.nic == "virtio",
     }
     return tuple(name for name, is_needed in needed.items() if is_needed)
