@@ -24,11 +24,23 @@ host are relative to the file that they stand in.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, cast, get_args
 
+from pytest_kdriver.config_values import (
+    Check,
+    Refused,
+    check_values,
+    flag,
+    matching,
+    one_of,
+    path,
+    seconds,
+    tcp_port,
+    text,
+)
 from pytest_kdriver.errors import ConfigError
 
 DEFAULT_AGENT_PATH: Final = r"C:\kdriver\kdagent.exe"
@@ -68,12 +80,7 @@ def parse_remote(table: Mapping[str, object], where: str, folder: Path) -> Remot
 
     ``where`` says what is being read, ``folder`` what paths are relative to.
     """
-    settings: dict[str, object] = {}
-    for key, value in table.items():
-        try:
-            settings[key] = _CHECKS[key](value, folder)
-        except _Refused as refused:
-            raise ConfigError(f"{where}: {key} is {value!r}; allowed: {refused}") from None
+    settings = check_values(table, _CHECKS, where, folder)
     for key in ("host", "user"):
         if key not in settings:
             raise ConfigError(f"{where}: {key} is needed: {_NEEDED[key]}")
@@ -88,11 +95,6 @@ def parse_remote(table: Mapping[str, object], where: str, folder: Path) -> Remot
     return RemoteConfig(**settings)  # type: ignore[arg-type]  # each was checked
 
 
-class _Refused(Exception):
-    """A value that can't be; the message says what can."""
-
-
-_Check: TypeAlias = Callable[[object, Path], object]
 _NEEDED: Final = {
     "host": "the machine's name or address",
     "user": "an administrator of the machine",
@@ -109,72 +111,29 @@ _VIA: Final[Mapping[str, Via]] = {
 """The keys that are for one way alone."""
 
 
-def _matching(pattern: re.Pattern[str], words: str) -> _Check:
-    def check(value: object, _: Path) -> object:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise _Refused(words)
-        return value
-
-    return check
-
-
-def _text(value: object, _: Path) -> object:
-    if not isinstance(value, str) or not value or any(not sign.isprintable() for sign in value):
-        raise _Refused("a line of text")
-    return value
-
-
-def _path(value: object, folder: Path) -> object:
-    return folder / Path(cast("str", _text(value, folder))).expanduser()
-
-
-def _port(value: object, _: Path) -> object:
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65535:
-        raise _Refused("a TCP port, 1 to 65535")
-    return value
-
-
-def _via(value: object, _: Path) -> object:
-    if value not in get_args(Via):
-        raise _Refused(", ".join(get_args(Via)))
-    return value
-
-
-def _flag(value: object, _: Path) -> object:
-    if not isinstance(value, bool):
-        raise _Refused("true or false")
-    return value
-
-
 def _command(value: object, folder: Path) -> object:
-    if AGENT_PLACE not in cast("str", _text(value, folder)):
-        raise _Refused(f"a command with {AGENT_PLACE} where the agent's path belongs")
+    if AGENT_PLACE not in cast("str", text(value, folder)):
+        raise Refused(f"a command with {AGENT_PLACE} where the agent's path belongs")
     return value
 
 
-def _seconds(value: object, _: Path) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-        raise _Refused("seconds, more than 0")
-    return float(value)
-
-
-_CHECKS: Final[Mapping[str, _Check]] = {
-    "host": _matching(_HOST, "a host's name or address"),
-    "user": _text,
-    "via": _via,
-    "port": _port,
-    "ssh_key": _path,
-    "ssh_known_hosts": _path,
+_CHECKS: Final[Mapping[str, Check]] = {
+    "host": matching(_HOST, "a host's name or address"),
+    "user": text,
+    "via": one_of(*get_args(Via)),
+    "port": tcp_port,
+    "ssh_key": path,
+    "ssh_known_hosts": path,
     "ssh_command": _command,
-    "https": _flag,
-    "ca": _path,
-    "basic": _flag,
+    "https": flag,
+    "ca": path,
+    "basic": flag,
     "winrm_command": _command,
-    "agent_path": _matching(
+    "agent_path": matching(
         _AGENT_PATH,
         r"a full path of that machine to a .exe, without blanks, as C:\kdriver\kdagent.exe",
     ),
-    "timeout": _seconds,
+    "timeout": seconds,
 }
 
 REMOTE_KEYS: Final = tuple(_CHECKS)

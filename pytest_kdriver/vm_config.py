@@ -42,11 +42,24 @@ more than a file. Paths are relative to the file that they stand in.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, cast
+from typing import Final, Literal, TypeAlias
 
+from pytest_kdriver.config_values import (
+    Check,
+    Refused,
+    between,
+    check_values,
+    flag,
+    matching,
+    one_of,
+    path,
+    seconds,
+    tcp_port,
+    text,
+)
 from pytest_kdriver.errors import ConfigError
 
 Firmware: TypeAlias = Literal["bios", "uefi"]
@@ -152,12 +165,7 @@ def parse_vm(table: Mapping[str, object], where: str, folder: Path) -> dict[str,
 
     ``where`` says what is being read, ``folder`` what paths are relative to.
     """
-    settings = {}
-    for key, value in table.items():
-        try:
-            settings[key] = _CHECKS[key](value, folder)
-        except _Refused as refused:
-            raise ConfigError(f"{where}: {key} is {value!r}; allowed: {refused}") from None
+    settings = check_values(table, _CHECKS, where, folder)
     agent, port = settings.get("agent"), settings.get("agent_port")
     if agent in {"ssh", "winrm"}:
         if settings.get("network", USER_NETWORK) != USER_NETWORK:
@@ -169,107 +177,53 @@ def parse_vm(table: Mapping[str, object], where: str, folder: Path) -> dict[str,
     return settings
 
 
-class _Refused(Exception):
-    """A value that can't be; the message says what can."""
-
-
-_Check: TypeAlias = Callable[[object, Path], object]
 _PORT_WORDS: Final = '"virtio:NAME" (at most 31 characters), "com1" to "com4"'
-
-
-def _one_of(*words: str) -> _Check:
-    def check(value: object, _: Path) -> object:
-        if value not in words:
-            raise _Refused(", ".join(words))
-        return value
-
-    return check
-
-
-def _matching(pattern: re.Pattern[str], words: str) -> _Check:
-    def check(value: object, _: Path) -> object:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise _Refused(words)
-        return value
-
-    return check
-
-
-def _between(least: int, most: int, words: str) -> _Check:
-    def check(value: object, _: Path) -> object:
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise _Refused(f"{words}, {least} to {most}")
-        return value
-
-    return check
-
-
-def _flag(value: object, _: Path) -> object:
-    if not isinstance(value, bool):
-        raise _Refused("true, false")
-    return value
-
-
-def _text(value: object, _: Path) -> object:
-    if not isinstance(value, str) or not value or any(not sign.isprintable() for sign in value):
-        raise _Refused("a line of text")
-    return value
-
-
-def _path(value: object, folder: Path) -> object:
-    return folder / Path(cast("str", _text(value, folder))).expanduser()
-
-
-def _seconds(value: object, _: Path) -> object:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-        raise _Refused("seconds, more than 0")
-    return float(value)
 
 
 def _agent_port(value: object, folder: Path) -> object:
     if isinstance(value, int):
-        return _between(1, 65535, "a TCP port")(value, folder)
+        return tcp_port(value, folder)
     return _port(value, folder)
 
 
 def _port(value: object, _: Path) -> object:
     if not isinstance(value, str) or not PORT.fullmatch(value):
-        raise _Refused(_PORT_WORDS)
+        raise Refused(_PORT_WORDS)
     return value
 
 
-_CHECKS: Final[Mapping[str, _Check]] = {
-    "image": _matching(_IMAGE, "the name of a disk image, see kdriver image list"),
-    "disk": _path,
-    "sha256": _matching(_SHA256, "64 lowercase hexadecimal digits"),
-    "uri": _text,
-    "cdrom": _path,
-    "kernel": _path,
-    "initrd": _path,
-    "cmdline": _text,
-    "firmware": _one_of("bios", "uefi"),
-    "tpm": _flag,
-    "memory": _between(64, 1 << 20, "MiB"),
-    "cpus": _between(1, 64, "a number"),
-    "bus": _one_of("virtio", "sata"),
-    "nic": _one_of("virtio", "e1000e", "none"),
-    "network": _matching(_NETWORK, '"user", or the name of a libvirt network'),
-    "enlightenments": _flag,
-    "kernel_log": _one_of("wine-trace", "none"),
+_CHECKS: Final[Mapping[str, Check]] = {
+    "image": matching(_IMAGE, "the name of a disk image, see kdriver image list"),
+    "disk": path,
+    "sha256": matching(_SHA256, "64 lowercase hexadecimal digits"),
+    "uri": text,
+    "cdrom": path,
+    "kernel": path,
+    "initrd": path,
+    "cmdline": text,
+    "firmware": one_of("bios", "uefi"),
+    "tpm": flag,
+    "memory": between(64, 1 << 20, "MiB"),
+    "cpus": between(1, 64, "a number"),
+    "bus": one_of("virtio", "sata"),
+    "nic": one_of("virtio", "e1000e", "none"),
+    "network": matching(_NETWORK, '"user", or the name of a libvirt network'),
+    "enlightenments": flag,
+    "kernel_log": one_of("wine-trace", "none"),
     "kernel_log_port": _port,
-    "agent": _one_of("serial", "ssh", "winrm"),
+    "agent": one_of("serial", "ssh", "winrm"),
     "agent_port": _agent_port,
-    "ssh_user": _text,
-    "ssh_key": _path,
-    "ssh_known_hosts": _path,
-    "ssh_command": _text,
-    "winrm_user": _text,
-    "winrm_password_file": _path,
-    "winrm_https": _flag,
-    "winrm_ca": _path,
-    "winrm_command": _text,
-    "boot_timeout": _seconds,
-    "warm_start": _flag,
+    "ssh_user": text,
+    "ssh_key": path,
+    "ssh_known_hosts": path,
+    "ssh_command": text,
+    "winrm_user": text,
+    "winrm_password_file": path,
+    "winrm_https": flag,
+    "winrm_ca": path,
+    "winrm_command": text,
+    "boot_timeout": seconds,
+    "warm_start": flag,
 }
 
 VM_KEYS: Final = tuple(_CHECKS)

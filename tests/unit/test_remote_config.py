@@ -106,7 +106,7 @@ def test_all_that_can_be_set(tmp_path: Path) -> None:
         ('ssh_command = "kdagent"', r"ssh_command is 'kdagent'; allowed: .*\{agent\} where"),
         ('winrm_command = "kdagent"', r"winrm_command is 'kdagent'; allowed: .*\{agent\} where"),
         ('via = "telnet"', "via is 'telnet'; allowed: ssh, winrm"),
-        ("https = 1", "https is 1; allowed: true or false"),
+        ("https = 1", "https is 1; allowed: true, false"),
         (
             'host = "a"\nuser = "b"\nbasic = true',
             "basic is for via = 'winrm', and this target's is 'ssh'",
