@@ -120,6 +120,6 @@ class TestPlacingAFile:
     def test_whose_powershell_hangs_is_a_timeout(
         self, server: WsmanServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(powershell, "POWERSHELL", "sleep 60 # ")
+        monkeypatch.setattr(powershell, "POWERSHELL", "exec cat >/dev/null # ")
         with pytest.raises(TimeoutError, match="did not take the file /file within 1 s"):
             place_file(server.config(), CONTENT, "/file", timeout=1)
