@@ -95,7 +95,7 @@ class Refusing:
             return self._refuse
         return getattr(self._agent, name)
 
-    def _refuse(self, path: str) -> None:
+    def _refuse(self, path: str, *, timeout: float = 0.0) -> None:
         raise AgentError(f"{path} is in use", operation=self._operation)
 
 

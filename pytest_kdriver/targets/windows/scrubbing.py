@@ -24,6 +24,8 @@ FOLDERS: Final = (r"C:\Windows\Panther", r"C:\Windows\System32\Sysprep", r"C:\Wi
 
 ANSWER_FILES: Final = "*unattend*.xml"
 _PIECE: Final = 16 << 20
+_GET_TIME: Final = 600.0
+"""Seconds that a log of Setup's may take, tens of megabytes through a COM port."""
 
 
 def patterns(secrets: Secrets) -> tuple[bytes, ...]:
@@ -74,7 +76,7 @@ def _has(
     agent: Agent, path: PureWindowsPath, wanted: tuple[bytes, ...], tell: Callable[[str], None]
 ) -> bool:
     try:
-        content = agent.get(str(path))
+        content = agent.get(str(path), timeout=_GET_TIME)
     except AgentError as error:
         tell(f"not looked into for the password: {error}")
         return False
