@@ -53,7 +53,16 @@ EVERYTHING: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, {"forwards": (22, 5985)}, {"nic": "none"}, EVERYTHING])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"forwards": (22, 5985)},
+        {"nic": "none"},
+        {"media": (Path("/iso/windows"), Path("/iso/ours")), "bus": "sata"},
+        EVERYTHING,
+    ],
+)
 def test_it_is_what_libvirts_schema_allows(settings: dict[str, object], tmp_path: Path) -> None:
     if shutil.which("virt-xml-validate") is None:
         pytest.skip("needs virt-xml-validate (Debian: libvirt-clients)")
@@ -185,6 +194,25 @@ def test_no_text_becomes_more_than_a_text(hostile: str) -> None:
     assert source is not None
     assert source.attrib == {"network": hostile}
     assert domain.findtext("os/kernel") == str(path)
+
+
+def test_an_installation_s_first_cd_is_booted_while_the_disk_can_t_be() -> None:
+    domain = tree(media=(Path("/iso/windows"), Path("/iso/ours")), bus="sata")
+    found = [
+        (
+            disk.get("device"),
+            disk.find("target").get("dev"),  # type: ignore[union-attr]
+            disk.find("source").get("file"),  # type: ignore[union-attr]
+            boot.get("order") if (boot := disk.find("boot")) is not None else None,
+        )
+        for disk in domain.iter("disk")
+    ]
+    assert found == [
+        ("disk", "sda", "/runs/disk.qcow2", "1"),
+        ("cdrom", "sdb", "/iso/windows", "2"),
+        ("cdrom", "sdc", "/iso/ours", None),
+    ]
+    assert not list(tree(cdrom=Path("/iso/a.iso")).iter("boot"))
 
 
 def test_an_enlightenment_is_named_for_libvirt() -> None:
