@@ -51,7 +51,7 @@ Action:                               Allow
 Ok.
 
 """
-"""As Microsoft's "Use netsh advfirewall firewall" shows a rule."""
+"""As a Windows shows a rule in the notes of dcos-diagnostics; two ports have a comma between in others."""
 
 TEMPLATE = """[Unicode]
 Unicode=yes
@@ -63,7 +63,10 @@ MinimumPasswordLength = 0
 signature="$CHICAGO$"
 Revision=1
 """
-"""What ``secedit /export`` writes, by [MS-GPSB] 2.2.1.1: UTF-16 with a byte order mark, and -1 for never."""
+"""What ``secedit /export`` writes, by public scripts that take it from there: UTF-16 with a byte order mark.
+
+-1 is "never", as in Microsoft's SecurityPolicyDsc.
+"""
 
 
 def new_pfx() -> bytes:
