@@ -63,6 +63,7 @@ _TAKES_A_DEVICE: Final = (
     "takes a driver with a device: tests/drivers, run with this target, show it"
 )
 _NO_LOG: Final = "nothing reads the kernel log of a Windows yet"
+_INSTALLED: Final = "kdriver image build shows it"
 _UNTIL_RESTART: Final = "would take the machine down, or need a restart of it"
 
 _PLACES: Final = (
@@ -93,8 +94,26 @@ _PLACES: Final = (
     ),
     Claim(
         text="OpenSSH is installed and started by these lines",
-        where="docs/remote.md#a-first-run",
+        where="docs/remote.md#a-first-run-by-ssh",
         trial="it is there, or it is not: nothing is installed by a self-test",
+    ),
+    Claim(
+        text="WinRM listens, and lets an administrator in, behind these lines",
+        where="docs/remote.md#a-first-run-by-winrm",
+        how="the agent, which a shell of WinRM's has started",
+        trial=trials.the_agent_is_started_by("winrshost.exe"),
+    ),
+    Claim(
+        text="PowerShell brings the agent's file there over WinRM",
+        where="docs/remote.md#the-agent",
+        how="the agent, which came so where a shell of WinRM's has started it",
+        trial=trials.the_agent_is_started_by("winrshost.exe"),
+    ),
+    Claim(
+        text="a shell of WinRM's has 1024 MB and 25 processes",
+        where="docs/remote.md#the-agent",
+        how="winrm get winrm/config/winrs",
+        trial=trials.winrm_has_its_quotas,
     ),
     Claim(
         text="SFTP calls C:\\kdriver /C:/kdriver",
@@ -161,10 +180,19 @@ _PLACES: Final = (
         how="PEFirmwareType of a machine that runs",
         trial=trials.a_clone_boots_by_uefi,
     ),
+    *(
+        Claim(text=text, where="docs/windows-images.md#while-it-installs", trial=_INSTALLED)
+        for text in (
+            "keys answer the question before the CD is booted",
+            "Setup takes virtio's drivers from $WinPEDriver$",
+            "Windows 11's Setup heeds LabConfig",
+        )
+    ),
     Claim(
-        text="keys answer the CD's question, $WinPEDriver$ brings virtio's drivers, LabConfig is heeded",
-        where="docs/windows-images.md#while-it-installs",
-        trial="kdriver image build shows it",
+        text="the recipes of Windows make an image each",
+        where="vm/images/README.md#disk-images",
+        how="what Setup says of itself, and the agent's service",
+        trial=trials.kdriver_installed_it,
     ),
     Claim(
         text="what bcdedit writes is what the kernel does behind the next restart",

@@ -5,6 +5,7 @@ A trial leaves nothing behind, and harms nothing: it runs on other people's mach
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,6 +58,11 @@ STAYS: Final = bytes.fromhex("31c0 c3")
 """``xor eax, eax; ret``: a driver without DriverUnload."""
 
 SETUP_STATE: Final = r"SOFTWARE\Microsoft\Windows\CurrentVersion\Setup\State"
+
+QUOTAS: Final = {"MaxMemoryPerShellMB": "1024", "MaxProcessesPerShell": "25"}
+"""Of a shell of WinRM's, as Windows has them at first."""
+
+_QUOTA: Final = re.compile(rf"^\s*({'|'.join(QUOTAS)})\s*=\s*(\d+)", re.MULTILINE)
 
 POOL2_BUILD: Final = 19041
 """Windows 10 2004."""
@@ -211,6 +217,15 @@ def the_agent_is_started_by(server: str) -> Trial:
         return holds(True, " of ".join(names))
 
     return trial
+
+
+def winrm_has_its_quotas(bench: Workbench) -> Outcome:
+    """That a shell of WinRM's has the quotas that Microsoft's documentation names."""
+    done = bench.agent.run(["cmd.exe", "/c", "winrm", "get", "winrm/config/winrs"])
+    told = dict(_QUOTA.findall(done.stdout.decode(errors="replace")))
+    if not told:
+        return untried(f"winrm tells nothing of them (it ended with {done.exit_code})")
+    return holds(told == QUOTAS, ", ".join(f"{name} {told[name]}" for name in sorted(told)))
 
 
 def ancestors(agent: Agent) -> list[str]:
