@@ -19,6 +19,7 @@ from typing import Final, Self, TypeVar
 from pytest_kdriver.errors import KdriverError, LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.links.serial import SerialLink
+from pytest_kdriver.guest.words import words
 from pytest_kdriver.targets.leftovers import DOMAIN, SOCKETS
 from pytest_kdriver.targets.libvirt.accelerator import find_accelerator
 from pytest_kdriver.targets.libvirt.base_disk import qemu_img
@@ -45,6 +46,9 @@ WRITTEN: Final = 64 << 20
 
 INTERVAL: Final = 1.0
 """Seconds between two looks; the question above stands for five."""
+
+RESTARTS_APART: Final = 10.0
+"""Seconds between restarts; a firmware that was asked for one may reset the machine again at once."""
 
 PICTURE_INTERVAL: Final = 60.0
 ATTEMPT: Final = 3.0
@@ -117,6 +121,8 @@ class Installation:
         self._agent: Agent | None = None
         self._devices = ("", "")
         self._seen = _Seen(0, 0, 0, 0)
+        self._resets = 0
+        self._last_reset = -RESTARTS_APART
         self._active = self._pictured = self._began = time.monotonic()
         self._why_no_agent = ""
 
@@ -253,7 +259,10 @@ class Installation:
     def _shut_down(self, how: str) -> None:
         """By Windows' own program; its answer may be lost with the agent."""
         with suppress(LinkError, TimeoutError):
-            self.agent.run(["shutdown.exe", how, "/f", "/t", "0"])
+            done = self.agent.run(["shutdown.exe", how, "/f", "/t", "0"])
+            if done.exit_code:
+                told = words((done.stdout + b"\n" + done.stderr).decode(errors="replace"))
+                raise self._failure(f"shutdown.exe {how} ended with {done.exit_code}: {told}")
         self._close_agent()
 
     def _ask(self, question: Callable[[Agent], T]) -> T | None:
@@ -264,6 +273,7 @@ class Installation:
                 link = SerialLink(self._sockets / "agent", timeout=ATTEMPT)
                 self._agent = Agent.connect(link, timeout=ATTEMPT)
                 self.phase("Windows answers")
+                self._why_no_agent = ""
             return question(self._agent)
         except (KdriverError, TimeoutError) as error:
             self._why_no_agent = str(error)
@@ -293,8 +303,9 @@ class Installation:
         if domain.stopped is not None:
             raise self._failure(f"the machine stopped: {domain.stopped}")
         disk, cd = self._devices
-        seen = _Seen(domain.transferred(cd)[0], *domain.transferred(disk), domain.resets)
-        now, before, self._seen = time.monotonic(), self._seen, seen
+        now, before = time.monotonic(), self._seen
+        restarts = before.restarts + self._restarted(domain.resets, now)
+        self._seen = seen = _Seen(domain.transferred(cd)[0], *domain.transferred(disk), restarts)
         if seen != before:
             self._active = now
         if before.disk_written < WRITTEN <= seen.disk_written and not seen.restarts:
@@ -314,11 +325,19 @@ class Installation:
                 f"(--timeout allows it more)"
             )
 
+    def _restarted(self, resets: int, now: float) -> bool:
+        """Whether the guest has restarted since the last look."""
+        if resets == self._resets:
+            return False
+        self._resets = resets
+        last, self._last_reset = self._last_reset, now
+        return now - last >= RESTARTS_APART
+
     def _failure(self, why: str) -> TargetError:
         """What to say of an installation that fails, with what can be seen of it."""
         seen = self._seen
         told = (
-            f"Windows was not installed: {why}; {seen.cd >> 20} MiB were read from the CD, "
+            f"the image of Windows was not made: {why}; {seen.cd >> 20} MiB were read from the CD, "
             f"{seen.disk_written >> 20} MiB written to the disk, {seen.restarts} restarts"
         )
         if self._why_no_agent:
