@@ -19,7 +19,12 @@ from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.guest.wire import Message
 from pytest_kdriver.targets.windows import kinds
-from pytest_kdriver.targets.windows.listeners import FirewallRule, Listeners, thumbprint
+from pytest_kdriver.targets.windows.listeners import (
+    FirewallRule,
+    Listeners,
+    common_name,
+    thumbprint,
+)
 from pytest_kdriver.targets.windows.settings import (
     PasswordAge,
     Wanted,
@@ -69,9 +74,10 @@ Revision=1
 """
 
 
-def new_pfx() -> bytes:
+def new_pfx(host: str = "kdriver-win10") -> bytes:
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "kdriver-win10")])
+    named = [x509.NameAttribute(NameOID.COMMON_NAME, host)] if host else []
+    name = x509.Name(named)
     now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
@@ -96,6 +102,7 @@ class Windows(FakeGuest):
         self.values: dict[tuple[str, str], tuple[int, bytes]] = {}
         self.files: dict[str, bytes] = {}
         self.commands: list[str] = []
+        self.lines: list[str] = []
         self.rules: list[str] = []
         self._broken = broken
         self._uploads: dict[int, str] = {}
@@ -161,7 +168,8 @@ class Windows(FakeGuest):
         if self._broken and command.startswith(self._broken):
             return ended(1, stderr="Das System kann die angegebene Datei nicht finden.")
         if command.startswith("cmd.exe /c "):
-            for line in self.files[command.removeprefix("cmd.exe /c ")].decode().splitlines():
+            self.lines = self.files[command.removeprefix("cmd.exe /c ")].decode().splitlines()
+            for line in self.lines:
                 self._line(line)
             return ended(0)
         return self._program(command)
@@ -318,6 +326,20 @@ class TestTheListeners:
         )
         with connect(windows) as agent, pytest.raises(AgentError, match="WinRM does not start"):
             Listeners(None).make(agent)
+
+    def test_are_made_by_the_certificate_s_host_and_thumbprint(self) -> None:
+        windows, pfx = Windows(), new_pfx()
+        with connect(windows) as agent:
+            Listeners(pfx).make(agent)
+        assert windows.lines[-1] == (
+            "call winrm create winrm/config/Listener?Address=*+Transport=HTTPS "
+            f'@{{Hostname="kdriver-win10";CertificateThumbprint="{thumbprint(pfx)}"}} || exit /b 1'
+        )
+
+    @pytest.mark.parametrize("name", ["two words", 'a";evil', ""])
+    def test_of_a_certificate_that_is_no_host_s_are_refused(self, name: str) -> None:
+        with pytest.raises(ValueError, match="no host"):
+            common_name(new_pfx(name))
 
     def test_are_known_by_the_sha_1_of_their_certificate(self) -> None:
         pfx = new_pfx()

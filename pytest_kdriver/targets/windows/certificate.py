@@ -35,7 +35,7 @@ def make_certificate() -> tuple[bytes, bytes]:
             "pip install 'pytest-kdriver[windows]'"
         ) from None
     key = rsa.generate_private_key(public_exponent=65537, key_size=_KEY_BITS)
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "pytest-kdriver guest")])
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = datetime.now(UTC)
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     usage = x509.KeyUsage(

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pytest_kdriver.errors import AgentError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.targets.machine import FOLDER
 from pytest_kdriver.targets.windows.kinds import Reading, run
 from pytest_kdriver.win32error import Win32Error
+
+if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
 
 LISTENER: Final = r"SOFTWARE\Microsoft\Windows\CurrentVersion\WSMAN\Listener"
 """Where WinRM keeps its listeners, each by its address and transport."""
@@ -76,17 +79,14 @@ class Listeners:
         agent.delete(script)
 
     def _script(self) -> str:
-        created = {
-            "HTTP": "",
-            "HTTPS": f' @{{Hostname="";CertificateThumbprint="{self._thumbprint()}"}}',
-        }
         lines = ["@echo off"]
         for transport in self._transports():
             listener = f"winrm/config/Listener?Address=*+Transport={transport}"
-            lines += [
-                f"call winrm delete {listener} >nul 2>nul",
-                f"call winrm create {listener}{created[transport]} || exit /b 1",
-            ]
+            lines.append(f"call winrm delete {listener} >nul 2>nul")
+            if transport == "HTTPS" and self.certificate is not None:
+                name = common_name(self.certificate)
+                listener += f' @{{Hostname="{name}";CertificateThumbprint="{self._thumbprint()}"}}'
+            lines.append(f"call winrm create {listener} || exit /b 1")
         return "".join(f"{line}\r\n" for line in lines)
 
     def _transports(self) -> tuple[str, ...]:
@@ -120,8 +120,25 @@ def thumbprint(pfx: bytes) -> str:
 
     ``TargetError`` without the package cryptography; ``ValueError`` for what is no such PFX.
     """
+    certificate = _certificate(pfx)
+    from cryptography.hazmat.primitives.hashes import SHA1
+
+    return certificate.fingerprint(SHA1()).hex().upper()  # noqa: S303 -- that is its name
+
+
+def common_name(pfx: bytes) -> str:
+    """The host that a PFX's certificate is for, which a listener has to name. Raises as ``thumbprint``."""
+    certificate = _certificate(pfx)
+    from cryptography.x509.oid import NameOID
+
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    if len(names) != 1 or not re.fullmatch(r"[\w.-]+", str(names[0].value)):
+        raise ValueError(f"the certificate is of {certificate.subject.rfc4514_string()!r}, no host")
+    return str(names[0].value)
+
+
+def _certificate(pfx: bytes) -> Certificate:
     try:
-        from cryptography.hazmat.primitives.hashes import SHA1
         from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
     except ImportError:
         raise TargetError(
@@ -130,4 +147,4 @@ def thumbprint(pfx: bytes) -> str:
     held = load_pkcs12(pfx, None).cert
     if held is None:
         raise ValueError("the PFX has no certificate")
-    return held.certificate.fingerprint(SHA1()).hex().upper()  # noqa: S303 -- that is its name
+    return held.certificate

@@ -170,7 +170,6 @@ def settings(wanted: Wanted) -> tuple[Setting, ...]:
     """All settings, as data, in the order in which they are made."""
     crash = f"{CONTROL}\\CrashControl"
     power = f"{POLICIES}\\Power\\PowerSettings"
-    updates = f"{POLICIES}\\Windows\\WindowsUpdate\\AU"
     defender = f"{POLICIES}\\Windows Defender\\Exclusions"
     logon = r"SOFTWARE\Microsoft\Windows NT\CurrentVersion\Winlogon"
     boot = "{default}"
@@ -231,14 +230,7 @@ def settings(wanted: Wanted) -> tuple[Setting, ...]:
             "PagingFiles",
             (r"C:\pagefile.sys 512 512",),
         ),
-        Values(
-            "updates",
-            (
-                Value(updates, "NoAutoUpdate", 1),
-                Value(f"{SERVICES}\\wuauserv", "Start", 4),
-                Value(f"{SERVICES}\\UsoSvc", "Start", 4),
-            ),
-        ),
+        _one("updates", f"{POLICIES}\\Windows\\WindowsUpdate\\AU", "NoAutoUpdate", 1),
         Values(
             "sleep and screen",
             tuple(
