@@ -271,7 +271,7 @@ def _target(
     try:
         target = make_target(config)
         try:
-            yield _started(target, name, begin)
+            yield started(target, name, begin)
             on_windows = target.agent.info.wine_version is None
             if isinstance(target, MachineTarget) and (self_test or on_windows):
                 yield from try_claims(target, _samples(project))
@@ -281,7 +281,7 @@ def _target(
         yield Finding(name=name, state=State.MISSING, detail=str(error))
 
 
-def _started(target: Target, name: str, begin: float) -> Finding:
+def started(target: Target, name: str, begin: float) -> Finding:
     """Start it; also a Windows on which no test would be run, so that it can be looked at."""
     try:
         target.start()

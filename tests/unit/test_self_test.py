@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pytest_kdriver.cli import doctor
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.errors import AgentError, BuildError, TargetError
 from pytest_kdriver.image.signing import SigningError
@@ -107,20 +108,29 @@ class TestTheClaims:
 
 
 @pytest.fixture
-def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MachineTarget]:
+def machine(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., MachineTarget]:
+    """A target whose guests come one after the other; it is not started."""
     monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(remote_module, "AGENT", FakeProgram(tmp_path / "kdagent.exe"))
     monkeypatch.setattr(machine_target, "assert_exact_status", lambda target, folder: [])
-    remote = RemoteConfig(host="lab", user="tester", timeout=0.1)
-    config = TargetConfig(name="lab", kind="remote", remote=remote)
-    lost = TargetError("nobody is there", target="lab")
-    way = FakeWay(Windows(), lost)
-    target = MachineTarget("lab", RemoteMachine(config, way=way))
-    try:
-        target.start()
-        yield target
-    finally:
-        target.close()
+
+    def machine(*guests: Windows | Exception) -> MachineTarget:
+        remote = RemoteConfig(host="lab", user="tester", timeout=0.1)
+        config = TargetConfig(name="lab", kind="remote", remote=remote)
+        target = MachineTarget("lab", RemoteMachine(config, way=FakeWay(*guests)))
+        request.addfinalizer(target.close)
+        return target
+
+    return machine
+
+
+@pytest.fixture
+def target(machine: Callable[..., MachineTarget]) -> MachineTarget:
+    target = machine(Windows(), TargetError("nobody is there", target="lab"))
+    target.start()
+    return target
 
 
 def no_samples(name: str) -> Path:
@@ -214,3 +224,18 @@ def test_a_windows_is_gone_through_from_the_first_claim_to_the_last(
     assert by_text["hypervisor: it is made, and read back"] == Outcome(
         Verdict.NOT_TRIED, "this machine is not set so: hypervisorlaunchtype absent"
     )
+
+
+def test_a_windows_on_which_no_test_would_run_is_gone_through_all_the_same(
+    machine: Callable[..., MachineTarget],
+) -> None:
+    guests = Windows(), Windows()
+    for windows in guests:
+        windows.information[103] = bytes.fromhex("08000000 01000000")
+    target = machine(*guests)
+    finding = doctor.started(target, "target lab", 0.0)
+    assert finding.state is doctor.State.MISSING
+    assert "test signing: off" in finding.detail
+    by_text = {result.claim.text: result for result in self_test(target, no_samples)}
+    told = by_text["test signing: the Windows tells whether it is in force"].outcome
+    assert told == Outcome(Verdict.HOLDS, "off (code integrity 0x1)")
