@@ -27,8 +27,12 @@ from pytest_kdriver.targets.windows.in_force import (
     decode_flags,
     examine,
 )
-from pytest_kdriver.targets.windows.kinds import BOOT_MANAGER, OBJECTS
-from pytest_kdriver.targets.windows.settings import INTEGRITY, PRINT_FILTER
+from pytest_kdriver.targets.windows.kinds import (
+    BOOT_MANAGER,
+    INTEGRITY,
+    OBJECTS,
+    PRINT_FILTER,
+)
 from tests.unit.test_agent import connect
 from tests.unit.test_remote import CONTROL, FakeProgram, FakeWay, Windows
 from tests.unit.test_windows_settings import SYSTEM

@@ -25,11 +25,17 @@ from pytest_kdriver.targets.windows.in_force import (
     examine,
     secure_boot,
 )
-from pytest_kdriver.targets.windows.kinds import BOOT_MANAGER, OBJECTS, Boot, Reading, Values
+from pytest_kdriver.targets.windows.kinds import (
+    BOOT_MANAGER,
+    INTEGRITY,
+    OBJECTS,
+    PRINT_FILTER,
+    Boot,
+    Reading,
+    Values,
+)
 from pytest_kdriver.targets.windows.listeners import LISTENER, Listeners, thumbprint
 from pytest_kdriver.targets.windows.settings import (
-    INTEGRITY,
-    PRINT_FILTER,
     Wanted,
     make_settings,
     read_settings,

@@ -15,8 +15,13 @@ from typing import Final
 
 from pytest_kdriver.errors import AgentError, TargetError
 from pytest_kdriver.guest.agent import Agent
-from pytest_kdriver.targets.windows.kinds import Element, shown
-from pytest_kdriver.targets.windows.settings import CONTROL, INTEGRITY, PRINT_FILTER
+from pytest_kdriver.targets.windows.kinds import (
+    CONTROL,
+    INTEGRITY,
+    PRINT_FILTER,
+    Element,
+    shown,
+)
 
 CODE_INTEGRITY: Final = 103
 """SystemCodeIntegrityInformation: Length, CodeIntegrityOptions; in Microsoft's NtQuerySystemInformation."""

@@ -16,6 +16,13 @@ from pytest_kdriver.guest.words import words
 PROGRAM_TIME: Final = 120.0
 """Seconds that a program may take; those that are run here take one, as a rule."""
 
+CONTROL: Final = r"SYSTEM\CurrentControlSet\Control"
+SERVICES: Final = r"SYSTEM\CurrentControlSet\Services"
+POLICIES: Final = r"SOFTWARE\Policies\Microsoft"
+GUARD: Final = f"{CONTROL}\\DeviceGuard"
+INTEGRITY: Final = f"{GUARD}\\Scenarios\\HypervisorEnforcedCodeIntegrity"
+PRINT_FILTER: Final = f"{CONTROL}\\Session Manager\\Debug Print Filter"
+
 OBJECTS: Final = r"BCD00000000\Objects"
 """Where the boot configuration is on a Windows that runs."""
 

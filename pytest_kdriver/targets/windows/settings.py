@@ -15,7 +15,13 @@ from pytest_kdriver.errors import TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.targets.machine import FOLDER
 from pytest_kdriver.targets.windows.kinds import (
+    CONTROL,
     DEBUGGER_SETTINGS,
+    GUARD,
+    INTEGRITY,
+    POLICIES,
+    PRINT_FILTER,
+    SERVICES,
     Boot,
     Element,
     Reading,
@@ -28,13 +34,6 @@ from pytest_kdriver.targets.windows.kinds import (
 from pytest_kdriver.targets.windows.listeners import FirewallRule, Listeners
 
 __all__ = ["Reading", "Wanted", "make_settings", "read_settings", "settings"]
-
-CONTROL: Final = r"SYSTEM\CurrentControlSet\Control"
-SERVICES: Final = r"SYSTEM\CurrentControlSet\Services"
-POLICIES: Final = r"SOFTWARE\Policies\Microsoft"
-GUARD: Final = f"{CONTROL}\\DeviceGuard"
-INTEGRITY: Final = f"{GUARD}\\Scenarios\\HypervisorEnforcedCodeIntegrity"
-PRINT_FILTER: Final = f"{CONTROL}\\Session Manager\\Debug Print Filter"
 
 ALL_LEVELS: Final = 0xFFFFFFFF
 STACKS: Final = 1 << 30

@@ -31,14 +31,15 @@ from pytest_kdriver.targets.windows.in_force import (
     examine,
     secure_boot,
 )
-from pytest_kdriver.targets.windows.kinds import Element, Setting, shown
-from pytest_kdriver.targets.windows.settings import (
+from pytest_kdriver.targets.windows.kinds import (
     CONTROL,
     INTEGRITY,
     SERVICES,
-    Wanted,
-    settings,
+    Element,
+    Setting,
+    shown,
 )
+from pytest_kdriver.targets.windows.settings import Wanted, settings
 from pytest_kdriver.win32error import Win32Error
 
 SERVICE: Final = "kdriver-self-test"
