@@ -28,14 +28,14 @@ demo: setup
 	@echo; echo "--- and all of them, tested:"
 	@$(PYTEST) --kdriver-vm wine tests/drivers -v $(ARGS)
 
-# Virtual machines by themselves: they want the processors, one each. The files that take longest come first as they
-# are. $(ARGS) may leave no test for one of the two.
-test: VM := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A worker for each processor. Virtual machines by themselves: they want the processors, one each; their files that
+# take longest come first as they are. $(ARGS) may leave no test for one of the two.
+test: WORKERS := -n logical --maxprocesses 4 --dist loadfile
 test: OR_NONE = $(if $(ARGS),|| [[ $$? == 5 ]])
 test: setup-tests
 	@scripts/rust test $(CARGO_MANIFESTS)
-	@$(PYTEST) --kdriver-vm wine -m "not soak" --ignore tests/vm $(ARGS) $(OR_NONE)
-	@$(PYTEST) -m "not soak" tests/vm $(VM) $(ARGS) $(OR_NONE)
+	@$(PYTEST) --kdriver-vm wine -m "not soak" --ignore tests/vm $(WORKERS) $(ARGS) $(OR_NONE)
+	@$(PYTEST) -m "not soak" tests/vm $(WORKERS) --no-loadscope-reorder $(ARGS) $(OR_NONE)
 
 test-trixie: export ARGS := $(ARGS)
 test-trixie:
