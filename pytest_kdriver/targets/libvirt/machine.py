@@ -340,6 +340,7 @@ class LibvirtMachine:
             with vm.domain.held(), suppress(OSError):  # it is a gain of time, and no more
                 vm.warm_start.keep(vm.folder / "disk.qcow2")
         vm.agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
+        set_clock(vm.agent)  # it stood still
         return Guest(vm.agent, guest.feed)
 
     def revert(self, guest: Guest, log: KernelLog) -> Guest | None:
