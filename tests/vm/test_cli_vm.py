@@ -68,7 +68,7 @@ def kdriver(home: Path, environment: dict[str, str]) -> Kdriver:
 def doctor(home: Path, environment: dict[str, str]) -> Iterator[Callable[[], tuple[int, str]]]:
     """``kdriver doctor --vm winevm``, which goes on while the first tests do: what it came to."""
     process = subprocess.Popen(
-        [KDRIVER, "doctor", "--vm", "winevm"],
+        [KDRIVER, "doctor", "--vm", "winevm", "--self-test"],
         cwd=home,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -288,6 +288,13 @@ class TestOthers:
         assert code == 0, told
         assert "ok       target winevm: winevm under libvirt" in told
         assert told.endswith("nothing is missing\n")
+
+    def test_doctor_tries_there_what_is_said_of_windows(
+        self, doctor: Callable[[], tuple[int, str]]
+    ) -> None:
+        _, told = doctor()
+        assert "DriverEntry's status is exact\n    it came back as 0xC0DE1234\n" in told
+        assert "\ndoes not hold" not in told
 
     def test_one_that_died_is_told_and_can_be_removed(
         self, kdriver: Kdriver, machine: str, there: Callable[[], set[str]]
