@@ -30,7 +30,7 @@ def test_a_driver_without_unload_says_so(kdriver: Driver) -> None:
         kdriver.stop()
 
 
-@pytest.mark.kdriver("stubborn", parameters={"How": "slow-init", "Busy": 1}, timeout=0.5)
+@pytest.mark.kdriver("stubborn", parameters={"How": "slow-init", "Busy": 1}, timeout=3)
 def test_a_driver_that_hangs_is_cut_short(kdriver: Driver) -> None:
     with pytest.raises(DriverTimeout, match="DriverEntry did not return"):
         kdriver.start()
