@@ -113,6 +113,7 @@ def machine(
 ) -> Callable[..., MachineTarget]:
     """A target whose guests come one after the other; it is not started."""
     monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(remote_module, "AGENT", FakeProgram(tmp_path / "kdagent.exe"))
     monkeypatch.setattr(machine_target, "assert_exact_status", lambda target, folder: [])
 
