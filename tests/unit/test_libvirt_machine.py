@@ -31,12 +31,14 @@ from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.targets.leftovers import DOMAIN, REMOVERS
 from pytest_kdriver.targets.libvirt import machine as machine_module
 from pytest_kdriver.targets.libvirt.accelerator import find_accelerator
-from pytest_kdriver.targets.libvirt.address import NotLetInError, SerialAddress
+from pytest_kdriver.targets.libvirt.address import NotLetInError, SerialAddress, WinrmAddress
+from pytest_kdriver.targets.libvirt.base_disk import make_overlay
 from pytest_kdriver.targets.libvirt.connection import Hypervisor, Owner, call
-from pytest_kdriver.targets.libvirt.domain import INTERNAL_ERROR
+from pytest_kdriver.targets.libvirt.domain import INTERNAL_ERROR, Domain
 from pytest_kdriver.targets.libvirt.kept import KeptVm
 from pytest_kdriver.targets.libvirt.leftovers import domain_resource, remove_domain
 from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
+from pytest_kdriver.targets.libvirt.warm_start import WarmStart
 from pytest_kdriver.targets.machine import Guest
 from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.runs import Run, collect_garbage, runs_directory
@@ -244,6 +246,30 @@ class TestAGuestThatDoesNotComeUp:
             machine.boot(run, KernelLog(), 1)
         assert hypervisor.libvirt.domains == {}
 
+    def test_since_it_lets_nobody_in_is_asked_once(
+        self, make: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Windows would count. Nor is it booted anew, where it went on from an earlier boot."""
+        asked = []
+
+        def refuse(address: WinrmAddress, _timeout: float) -> Link:
+            asked.append(address.user)
+            raise NotLetInError("it refused the user tester")
+
+        def take(_start: WarmStart, overlay: Path, base: Path) -> bool:
+            make_overlay(base, overlay)
+            return True
+
+        monkeypatch.setattr(WinrmAddress, "open", refuse)
+        monkeypatch.setattr(WarmStart, "take", take)
+        monkeypatch.setattr(Domain, "start_from", lambda domain, _: domain.start())
+        monkeypatch.setattr(Domain, "forwarded", lambda *_: 1)
+        machine, hypervisor = make(agent="winrm", winrm_user="tester")
+        with pytest.raises(TargetError, match="it refused the user tester"):
+            machine.boot(run, KernelLog(), 1)
+        assert asked == ["tester"]
+        assert hypervisor.libvirt.domains == {}
+
     def test_is_ended_though_its_last_words_were_interrupted(
         self, make: Make, run: Run, runtime: Path
     ) -> None:
@@ -418,12 +444,8 @@ class SlowServer(SerialAddress):
 
 
 class SlowMachine(LibvirtMachine):
-    def __init__(self, config: TargetConfig, server: SlowServer) -> None:
-        super().__init__(config)
-        self.server = server
-
     def _address(self, vm: object) -> SlowServer:
-        return self.server
+        return SlowServer(path="")
 
 
 class BootingVm:
@@ -439,34 +461,11 @@ def test_a_handshake_of_ssh_s_may_take_longer_than_an_attempt(
 ) -> None:
     monkeypatch.setattr(machine_module, "ATTEMPT", 0.05)
     settings = {"disk": tmp_path / "disk", "agent": "ssh"}
-    machine = SlowMachine(
-        TargetConfig(name="mine", kind="libvirt", vm=settings), SlowServer(path="")
-    )
+    machine = SlowMachine(TargetConfig(name="mine", kind="libvirt", vm=settings))
     vm: Any = BootingVm()
     vm.domain, vm.stopped = BootingVm(), threading.Event()
     with pytest.raises(Reached):
         machine._reach_agent(vm, time.monotonic() + PATIENCE)
-
-
-class Bouncer(SlowServer):
-    """A WinRM server that knows who we are."""
-
-    asked = 0
-
-    def open(self, timeout: float) -> Link:
-        Bouncer.asked += 1
-        raise NotLetInError("it refused the user tester")
-
-
-def test_a_refusal_is_not_waited_for_to_change(tmp_path: Path) -> None:
-    """Windows would count the attempts, and lock the user out."""
-    settings = {"disk": tmp_path / "disk", "agent": "winrm"}
-    machine = SlowMachine(TargetConfig(name="mine", kind="libvirt", vm=settings), Bouncer(path=""))
-    vm: Any = BootingVm()
-    vm.domain, vm.stopped = BootingVm(), threading.Event()
-    with pytest.raises(TargetError, match="it refused the user tester"):
-        machine._reach_agent(vm, time.monotonic() + PATIENCE)
-    assert Bouncer.asked == 1
 
 
 @pytest.fixture

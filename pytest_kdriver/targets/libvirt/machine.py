@@ -146,6 +146,9 @@ class LibvirtMachine:
         self._vm = vm = self._make(hypervisor, run, number)
         try:
             return self._bring_up(vm, log)
+        except NotLetInError as error:
+            self.end()
+            raise TargetError(str(error), target=self._target) from error
         except BaseException as error:
             if vm.is_warm and isinstance(error, TargetError | LinkError | TimeoutError):
                 self.end()
@@ -284,8 +287,8 @@ class LibvirtMachine:
             attempt = min(limit, max(deadline - began, 0.1))
             try:
                 return Agent.connect(self._address(vm).open(attempt), timeout=attempt)
-            except NotLetInError as error:
-                raise TargetError(str(error)) from error
+            except NotLetInError:
+                raise
             except (LinkError, TimeoutError) as error:
                 if vm.domain.stopped is not None:
                     raise TargetError(
