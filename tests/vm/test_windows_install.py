@@ -23,7 +23,7 @@ from pytest_kdriver.targets.windows.passwords import passwords_directory
 from tests.vm.grub_cd import make_cd
 
 ROOT = Path(__file__).parents[2]
-LIMITS = Limits(whole=300.0, stall=15.0)
+LIMITS = Limits(whole=600.0, stall=30.0)
 WAITS = "sleep 10000"
 PRODUCT_KEY = "AAAAA-BBBBB-CCCCC-DDDDD-EEEEE"
 

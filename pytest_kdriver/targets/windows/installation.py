@@ -89,8 +89,8 @@ def _state(agent: Agent) -> object:
 class Installation:
     """A machine with an empty disk, Windows' CD and the provisioning CD.
 
-    A context: when it is left nothing of it is there any more, the disk included, unless it was taken. The
-    machine starts by ``start``. ``picture`` is a file that has its screen, a minute old at most.
+    A context: when it is left nothing of it is there any more, the disk included. ``phase`` is told what
+    begins, and ``picture`` is a file that has the screen, a minute old at most.
     """
 
     def __init__(
