@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,8 @@ def test_libvirts_own_way_puts_back_too(
         raise TargetError("QEMU's snapshot-save: refused")
 
     monkeypatch.setattr(Domain, "_save_by_qmp", refuse)
-    target = MachineTarget("winevm", LibvirtMachine(winevm_config))
+    config = replace(winevm_config, vm={**winevm_config.vm, "warm_start": False})
+    target = MachineTarget("winevm", LibvirtMachine(config))
     try:
         target.start()
         assert "put back by libvirt's revert" in target.describe()
