@@ -175,6 +175,12 @@ _PLACES: Final = (
         trial=trials.kdriver_installed_it,
     ),
     Claim(
+        text="WinRM lets the user of an image in by its password, to start the agent where the image has it",
+        where="docs/windows-images.md#secrets",
+        how="the agent, which a shell of WinRM has started",
+        trial=trials.the_agent_is_started_by("winrshost.exe"),
+    ),
+    Claim(
         text="a clone of it boots by UEFI with new variables",
         where="docs/windows-images.md#while-it-installs",
         how="PEFirmwareType of a machine that runs",
