@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pytest_kdriver.driver import ServiceState
-from pytest_kdriver.errors import AgentError, LinkError, TargetError
+from pytest_kdriver.errors import AgentError, LinkError
 from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent, ServiceStatus
 from pytest_kdriver.guest.executable import AGENT
@@ -28,13 +28,13 @@ from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.port_stream import HostStream, encode_payload, new_nonce
 from pytest_kdriver.targets import prefix
-from pytest_kdriver.targets.runs import Run
 from tests.wine.test_wine_agent import (
     ALL_BYTES,
     FOLDER,
     START_TIMEOUT,
     Blocked,
     Guest,
+    new_guest,
     services,
     until,
 )
@@ -142,19 +142,8 @@ def start(
 
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
-    try:
-        wine = prefix.find_wine()
-    except TargetError as error:
-        pytest.skip(str(error))
-    run = Run()
-    path = run.path / "prefix"
-    run.record(prefix.RESOURCE, path)
-    try:
-        prefix.clone(prefix.template(wine, run), path)
-        yield Guest(wine, path)
-    finally:
-        prefix.remove(path)
-        run.close()
+    with new_guest() as guest:
+        yield guest
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,9 @@ import pytest
 
 from pytest_kdriver.errors import AgentError, TargetError
 from pytest_kdriver.guest.agent import Agent
-from pytest_kdriver.targets import prefix
-from pytest_kdriver.targets.runs import Run
 from pytest_kdriver.targets.windows.answer_file import Secrets
 from pytest_kdriver.targets.windows.scrubbing import scrub_guest
-from tests.wine.test_wine_agent import Guest
+from tests.wine.test_wine_agent import new_guest
 
 SECRETS = Secrets(password="Pw-1.unheard_of=24+chars", product_key="AAAAA-BBBBB-CCCCC-DDDDD-EEEEE")
 PANTHER = "C:\\Windows\\Panther"
@@ -22,20 +20,8 @@ PANTHER = "C:\\Windows\\Panther"
 @pytest.fixture
 def guest(tmp_path: Path) -> Iterator[tuple[Agent, Path]]:
     """An agent, and the folder that its C: is."""
-    try:
-        wine = prefix.find_wine()
-    except TargetError as error:
-        pytest.skip(str(error))
-    run = Run()
-    path = run.path / "prefix"
-    run.record(prefix.RESOURCE, path)
-    try:
-        prefix.clone(prefix.template(wine, run), path)
-        with Guest(wine, path).agent() as agent:
-            yield agent, path / "drive_c"
-    finally:
-        prefix.remove(path)
-        run.close()
+    with new_guest() as guest, guest.agent() as agent:
+        yield agent, guest.path / "drive_c"
 
 
 def put(drive: Path, name: str, content: bytes) -> Path:

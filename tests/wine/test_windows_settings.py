@@ -10,10 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from pytest_kdriver.errors import AgentError, TargetError
+from pytest_kdriver.errors import AgentError
 from pytest_kdriver.guest.agent import Agent
-from pytest_kdriver.targets import prefix
-from pytest_kdriver.targets.runs import Run
 from pytest_kdriver.targets.windows.in_force import (
     CODE_INTEGRITY,
     KERNEL_DEBUGGER,
@@ -42,7 +40,7 @@ from pytest_kdriver.targets.windows.settings import (
     settings,
 )
 from tests.unit.test_windows_settings import SYSTEM, new_pfx
-from tests.wine.test_wine_agent import Guest
+from tests.wine.test_wine_agent import new_guest
 
 WANTED = Wanted(agent_service="kdagent")
 IN_THE_REGISTRY = [setting for setting in settings(WANTED) if isinstance(setting, Values)]
@@ -51,20 +49,8 @@ OF_THE_BOOT = [setting for setting in settings(WANTED) if isinstance(setting, Bo
 
 @pytest.fixture(scope="module")
 def agent() -> Iterator[Agent]:
-    try:
-        wine = prefix.find_wine()
-    except TargetError as error:
-        pytest.skip(str(error))
-    run = Run()
-    path = run.path / "prefix"
-    run.record(prefix.RESOURCE, path)
-    try:
-        prefix.clone(prefix.template(wine, run), path)
-        with Guest(wine, path).agent() as agent:
-            yield agent
-    finally:
-        prefix.remove(path)
-        run.close()
+    with new_guest() as guest, guest.agent() as agent:
+        yield agent
 
 
 def reading(agent: Agent, name: str, wanted: Wanted = WANTED) -> Reading:

@@ -72,8 +72,9 @@ class Guest:
         return self.path / "drive_c" / path.removeprefix("C:\\").replace("\\", "/")
 
 
-@pytest.fixture(scope="module")
-def guest() -> Iterator[Guest]:
+@contextmanager
+def new_guest() -> Iterator[Guest]:
+    """A prefix of its own, for a while."""
     try:
         wine = prefix.find_wine()
     except TargetError as error:
@@ -87,6 +88,12 @@ def guest() -> Iterator[Guest]:
     finally:
         prefix.remove(path)
         run.close()
+
+
+@pytest.fixture(scope="module")
+def guest() -> Iterator[Guest]:
+    with new_guest() as guest:
+        yield guest
 
 
 @pytest.fixture(scope="module")
