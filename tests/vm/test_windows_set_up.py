@@ -8,48 +8,40 @@ are in a registry. All else is what a user's build does.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from pytest_kdriver.errors import TargetError
-from pytest_kdriver.guest.agent import Agent
-from pytest_kdriver.guest.links.serial import SerialLink
 from pytest_kdriver.targets import disk_images
 from pytest_kdriver.targets.disk_images import DiskImage, Phase
 from pytest_kdriver.targets.leftovers import REMOVERS
-from pytest_kdriver.targets.libvirt.base_disk import describe_disk, make_overlay
+from pytest_kdriver.targets.libvirt.base_disk import describe_disk
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
-from pytest_kdriver.targets.libvirt.domain import Domain
 from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
 from pytest_kdriver.targets.recipe import Recipe, read_recipe
-from pytest_kdriver.targets.runs import Run, remove_tree
+from pytest_kdriver.targets.runs import Run
 from pytest_kdriver.targets.windows import images, installation, settings
 from pytest_kdriver.targets.windows.answer_file import Secrets
 from pytest_kdriver.targets.windows.images import Source, build_image
 from pytest_kdriver.targets.windows.installation import Installation, Limits
-from pytest_kdriver.targets.windows.kinds import Boot, Setting, Values
 from pytest_kdriver.targets.windows.passwords import find_password, passwords_directory
-from pytest_kdriver.targets.windows.scrubbing import patterns
+from tests.vm.standin import (
+    DRIVE,
+    count_on_disk,
+    debugfs,
+    in_the_registry,
+    of_the_boot,
+    prepare_disk,
+    start_again,
+    write_virtio_cd,
+)
 
 Build = Callable[[Recipe, list[str]], DiskImage]
 
 PASSWORD = "Pw-1.unheard_of=24+chars"
-DRIVE = "/var/lib/kdriver/prefix/drive_c"
-STATE = r"""
-[Software\\Microsoft\\Windows\\CurrentVersion\\Setup\\State] 1700000000
-"ImageState"="IMAGE_STATE_COMPLETE"
-"""
-SHUTDOWN = """#!/bin/sh
-case $1 in /r) exec systemctl reboot ;; /s) exec systemctl poweroff ;; esac
-"""
-ALL_SETTINGS = settings.settings
 RECIPE = """[windows]
 release = "w10"
 index = 1
@@ -81,55 +73,21 @@ def recipe(tmp_path: Path) -> Recipe:
 @pytest.fixture
 def source(guest_folder: Path, libvirt_uri: str) -> Source:
     """A CD that is not read, and one like virtio-win's."""
-    if shutil.which("genisoimage") is None or shutil.which("debugfs") is None:
-        pytest.skip("needs genisoimage and debugfs (Debian: genisoimage, e2fsprogs)")
-    for driver in ("viostor", "vioserial", "NetKVM"):
-        place = guest_folder / "virtio" / driver / "w10/amd64"
-        place.mkdir(parents=True)
-        (place / f"{driver}.inf").write_text("a driver")
-    iso = guest_folder / "virtio-win.iso"
-    command = ["genisoimage", "-quiet", "-J", "-r", "-o", str(iso), str(guest_folder / "virtio")]
-    subprocess.run(command, check=True)
     windows = guest_folder / "windows.iso"
     windows.write_bytes(bytes(1 << 20))
-    return Source(iso=windows, virtio_win=iso, uri=libvirt_uri)
+    return Source(iso=windows, virtio_win=write_virtio_cd(guest_folder, "w10"), uri=libvirt_uri)
 
 
 @pytest.fixture
 def installed(winevm_image: DiskImage, tmp_path: Path) -> Path:
     """winevm's disk, as Setup would have left a Windows': with the password where it keeps it."""
-    raw = tmp_path / "installed.raw"
-    convert = ["qemu-img", "convert", "-O", "raw"]
-    subprocess.run([*convert, str(winevm_image.disk), str(raw)], check=True)
-
-    def debugfs(*commands: str) -> None:
-        script = tmp_path / "commands"
-        script.write_text("\n".join(commands) + "\n")
-        done = subprocess.run(
-            ["debugfs", "-w", "-f", str(script), str(raw)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert "not found" not in done.stderr, done.stderr
-
-    registry = tmp_path / "system.reg"
-    debugfs(f"dump /var/lib/kdriver/prefix/system.reg {registry}")
-    with registry.open("a") as file:
-        file.write(STATE)
+    raw = prepare_disk(winevm_image, tmp_path)
     answer = tmp_path / "unattend.xml"
     answer.write_text(f"<Value>{PASSWORD}</Value>" * 100)
     log = tmp_path / "setupact.log"
     log.write_bytes(b"a line\r\n" + PASSWORD.encode("utf-16-le"))
-    shutdown = tmp_path / "shutdown.exe"
-    shutdown.write_text(SHUTDOWN)
     debugfs(
-        "rm /var/lib/kdriver/prefix/system.reg",
-        f"write {registry} /var/lib/kdriver/prefix/system.reg",
-        f"rm {DRIVE}/windows/system32/shutdown.exe",
-        f"write {shutdown} {DRIVE}/windows/system32/shutdown.exe",
-        f"set_inode_field {DRIVE}/windows/system32/shutdown.exe mode 0100755",
-        f"mkdir {DRIVE}/windows/Panther",
+        raw,
         f"write {answer} {DRIVE}/windows/Panther/unattend.xml",
         f"write {log} {DRIVE}/windows/Panther/setupact.log",
         f"write {answer} {DRIVE}/deleted.xml",
@@ -180,19 +138,12 @@ def build(
     disk_images.remove("standin")
 
 
-def in_the_registry(wanted: settings.Wanted) -> tuple[Setting, ...]:
-    return tuple(setting for setting in ALL_SETTINGS(wanted) if isinstance(setting, Values))
-
-
-def of_the_boot(wanted: settings.Wanted) -> tuple[Setting, ...]:
-    return tuple(setting for setting in ALL_SETTINGS(wanted) if isinstance(setting, Boot))
-
-
-def test_what_answers_becomes_an_image_that_runs_start_from(
+def test_what_answers_becomes_an_image_that_runs_start_from(  # noqa: PLR0917 -- fixtures
     recipe: Recipe,
     build: Build,
     winevm_image: DiskImage,
-    start_again: Callable[[DiskImage], AbstractContextManager[Agent]],
+    hypervisor: Hypervisor,
+    guest_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(settings, "settings", in_the_registry)
@@ -229,62 +180,13 @@ def test_what_answers_becomes_an_image_that_runs_start_from(
     described = describe_disk(image.disk)
     assert "'compression-type': 'zstd'" in str(described["format-specific"])
     assert image.size < winevm_image.size
-    content = raw_content(image.disk)
-    assert [p for p in patterns(Secrets(password=PASSWORD)) if p in content] == []
+    assert count_on_disk(image.disk, Secrets(password=PASSWORD)) == 0
 
-    with start_again(image) as agent:
+    with start_again(image, winevm_image, hypervisor, guest_folder) as agent:
         wanted = settings.Wanted(agent_service="kdagent")
         assert [r for r in settings.read_settings(agent, wanted) if not r.in_force] == []
         assert agent.hash("C:\\Windows\\Panther\\unattend.xml") is None
         assert agent.hash("C:\\Windows\\Panther\\setupact.log") is None
-
-
-def raw_content(disk: Path) -> bytes:
-    with tempfile.TemporaryDirectory(dir=disk.parents[1]) as folder:
-        raw = Path(folder, "disk.raw")
-        subprocess.run(["qemu-img", "convert", "-O", "raw", str(disk), str(raw)], check=True)
-        return raw.read_bytes()
-
-
-@pytest.fixture
-def start_again(
-    winevm_image: DiskImage, hypervisor: Hypervisor, guest_folder: Path
-) -> Callable[[DiskImage], AbstractContextManager[Agent]]:
-    """Starts a clone of an image: its agent, for a while."""
-
-    @contextmanager
-    def start(image: DiskImage) -> Iterator[Agent]:
-        base, overlay = guest_folder / "base.qcow2", guest_folder / "clone.qcow2"
-        shutil.copyfile(image.disk, base)
-        make_overlay(base, overlay)
-        for file in (base, overlay):
-            hypervisor.hand_over(file)
-        sockets = hypervisor.make_socket_folder()
-        spec = DomainSpec(
-            name=f"kdriver-standin-{guest_folder.name[-8:]}",
-            run="tests",
-            owner_pid=os.getpid(),
-            accelerator="tcg",
-            emulator=hypervisor.emulator,
-            disk=overlay,
-            kernel=Path(str(winevm_image.target["kernel"])),
-            initrd=Path(str(winevm_image.target["initrd"])),
-            cmdline=str(winevm_image.target["cmdline"]),
-            nic="none",
-            ports=(("virtio:kdriver.agent", sockets / "agent"),),
-        )
-        domain = Domain(hypervisor, spec)
-        domain.define()
-        try:
-            domain.start()
-            with Agent.connect(SerialLink(sockets / "agent", timeout=120), timeout=120) as agent:
-                yield agent
-        finally:
-            domain.destroy()
-            domain.undefine()
-            remove_tree(sockets)
-
-    return start
 
 
 def test_a_setting_that_can_t_be_made_fails_the_build_by_its_name(
