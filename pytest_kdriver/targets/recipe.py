@@ -110,8 +110,8 @@ class Recipe:
         """
         key = hashlib.sha256()
         for path in sorted(self.folder.rglob("*")):
-            if path.is_symlink() or not path.is_file():
-                continue
+            if path.is_symlink() or not path.is_file() or "__pycache__" in path.parts:
+                continue  # pip compiles what is Python in a wheel
             executable = os.access(path, os.X_OK)
             _add(key, f"{path.relative_to(self.folder)}\0{executable}", path.read_bytes())
         if self.windows is not None:

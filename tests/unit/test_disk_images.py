@@ -134,6 +134,10 @@ def test_a_recipe_s_key_changes_with_its_files_and_what_may_be_run(write_recipe:
     keys.add(recipe.key())
     assert len(keys) == 4
     assert recipe.key() in keys
+    compiled = recipe.folder / "files/__pycache__/program.pyc"
+    compiled.parent.mkdir(parents=True)
+    compiled.write_bytes(b"by pip, where it is installed from a wheel")
+    assert recipe.key() in keys
 
 
 def test_each_phase_is_told_when_it_begins(write_recipe: Write, run: Run) -> None:
