@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
 from tests.example_repository import lay_out, read_job, run_commands, runner_environment
 
 
+@pytest.mark.usefixtures("winevm_image")  # pip has no index in these steps
 def test_each_step_of_the_nightly_works(tmp_path: Path, vm_cache: Path, libvirt_uri: str) -> None:
     repository = lay_out(tmp_path / "repository")
     # The one difference from what is there: the tests' own libvirt, for the session's is the user's.
