@@ -63,6 +63,8 @@ Build: TypeAlias = Callable[[Path, Callable[[str], None]], Mapping[str, object]]
 """Leaves ``DISK``, and what goes with it, in a folder, telling the phases that begin; what a target with it
 is like, see ``Recipe.target_table``."""
 
+BASE_DIGITS: Final = 16
+
 _USER_NAMESPACE: Final = ("unshare", "--user", "--map-root-user", "--map-auto")
 
 
@@ -104,6 +106,14 @@ class DiskImage:
 def disks_directory() -> Path:
     """Where the images are."""
     return cache_directory() / "disks"
+
+
+def booted_directory() -> Path:
+    """Where guests are that have booted from disks: ``targets/libvirt/warm_start.py``.
+
+    A file's name begins with ``BASE_DIGITS`` digits of its disk's SHA-256.
+    """
+    return cache_directory() / "booted"
 
 
 def ensure(recipe: Recipe, run: Run, progress: Callable[[Phase], None]) -> DiskImage:
@@ -422,6 +432,9 @@ def _remove(image: DiskImage) -> None:
     remove_tree(image.folder)
     with suppress(OSError):
         forget_password(image.folder.name)
+    for guest in booted_directory().glob(f"{image.sha256[:BASE_DIGITS]}-*"):
+        with suppress(OSError):
+            guest.unlink()
 
 
 def remove_unfinished(making: Path) -> None:

@@ -18,8 +18,10 @@ from pytest_kdriver.errors import ConfigError, TargetError
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets import disk_images
 from pytest_kdriver.targets.disk_images import (
+    BASE_DIGITS,
     DiskImage,
     Phase,
+    booted_directory,
     ensure,
     is_current,
     list_images,
@@ -309,8 +311,14 @@ def test_what_is_there_is_listed_by_name_and_last_use(write_recipe: Write, run: 
 def test_an_image_is_removed_by_name_or_folder(write_recipe: Write, run: Run) -> None:
     first, second = (make("mine", content, write_recipe, run) for content in (1, 2))
     other = make("other", 1, write_recipe, run)
+    booted_directory().mkdir()
+    guests = [booted_directory() / f"{i.sha256[:BASE_DIGITS]}-0.qcow2" for i in (first, second)]
+    for guest in guests:
+        guest.write_bytes(b"what its memory had in it")
     assert remove(first.folder.name) == [first.folder]
+    assert list(booted_directory().iterdir()) == guests[1:]
     assert remove("mine") == [second.folder]
+    assert list(booted_directory().iterdir()) == []
     assert remove("mine") == []
     assert list_images() == [other]
 

@@ -88,9 +88,9 @@ def test_those_used_last_are_kept_for_nobody_else_to_read(
     disk.write_bytes(b"memory")
     starts = [WarmStart(spec, str(number), "7.2") for number in range(KEPT + 1)]
     for number, start in enumerate(starts):
-        start.keep(disk)
+        start.keep(disk, tmp_path)
         os.utime(start.path, (number, number))
-    starts[-1].keep(disk)
+    starts[-1].keep(disk, tmp_path)
     assert {path.name for path in cache.iterdir()} == {start.path.name for start in starts[1:]}
     assert {path.stat().st_mode & 0o777 for path in cache.iterdir()} == {0o600}
     assert cache.stat().st_mode & 0o777 == 0o700
@@ -102,17 +102,18 @@ def test_one_is_not_kept_where_there_is_little_room(
     disk = tmp_path / "disk"
     disk.write_bytes(b"memory")
     monkeypatch.setattr(warm_start, "ROOM", 1 << 50)
-    WarmStart(spec, "a", "7.2").keep(disk)
+    WarmStart(spec, "a", "7.2").keep(disk, tmp_path)
     assert list(cache.iterdir()) == []
 
 
 def test_a_copy_that_fails_leaves_nothing(spec: DomainSpec, tmp_path: Path, cache: Path) -> None:
     start = WarmStart(spec, "a", "7.2")
-    disk = tmp_path / "disk"
+    disk, scratch = tmp_path / "disk", tmp_path / "run"
     disk.mkdir()  # what cp does not copy
+    scratch.mkdir()
     with pytest.raises(OSError, match="omitting directory"):
-        start.keep(disk)
-    assert list(cache.iterdir()) == []
+        start.keep(disk, scratch)
+    assert [*cache.iterdir(), *scratch.iterdir()] == []
     assert not start.take(tmp_path / "overlay", tmp_path / "base")
     assert not (tmp_path / "overlay").exists()
 
@@ -138,3 +139,24 @@ def test_a_machine_without_snapshots_boots() -> None:
         name="x", kind="libvirt", vm={"disk": Path("/disk")}, without=frozenset({"snapshots"})
     )
     assert not LibvirtMachine(config)._can_start_warm()
+
+
+def test_one_whose_process_is_killed_while_it_is_kept_is_left_to_its_run(
+    spec: DomainSpec, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the run's folder goes with it; in the cache nobody would look for half a guest."""
+    disk, scratch = tmp_path / "disk", tmp_path / "run"
+    disk.write_bytes(b"memory")
+    scratch.mkdir()
+    seen: list[list[Path]] = []
+    copy = warm_start._copy
+
+    def look(source: Path, destination: Path) -> None:
+        copy(source, destination)
+        seen.append([*cache.iterdir(), *scratch.iterdir()])
+
+    monkeypatch.setattr(warm_start, "_copy", look)
+    WarmStart(spec, "a", "7.2").keep(disk, scratch)
+    ((unfinished,),) = seen
+    assert unfinished.parent == scratch
+    assert list(scratch.iterdir()) == []

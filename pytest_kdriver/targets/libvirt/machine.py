@@ -341,7 +341,7 @@ class LibvirtMachine:
         vm.method = vm.domain.snapshot_save(SNAPSHOT)
         if vm.warm_start is not None and vm.method == "qmp":
             with vm.domain.held(), suppress(OSError):  # it is a gain of time, and no more
-                vm.warm_start.keep(vm.folder / "disk.qcow2")
+                vm.warm_start.keep(vm.folder / "disk.qcow2", vm.folder.parent)
         vm.agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
         set_clock(vm.agent)  # it stood still
         return Guest(vm.agent, guest.feed)

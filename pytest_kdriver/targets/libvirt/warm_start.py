@@ -4,8 +4,8 @@ A guest of the same machine goes on from there in a second, where booting takes 
 others, with a past. All that go on from one boot draw the same random numbers, as one that is put back does
 again, until their kernel has stirred in new ones (Linux: a minute).
 
-``<cache>/booted/KEY.qcow2``; the key is of all that the snapshot depends on: the base disk, the machine, the
-emulator, and, where the processor is the host's, of that. Memory is in it, so nobody else may read it.
+``<cache>/booted/BASE-KEY.qcow2``; the key is of all that the snapshot depends on: the base disk, the machine,
+the emulator, and, where the processor is the host's, of that. Memory is in it, so nobody else may read it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from pytest_kdriver.errors import TargetError
-from pytest_kdriver.paths import cache_directory
+from pytest_kdriver.targets.disk_images import BASE_DIGITS, booted_directory
 from pytest_kdriver.targets.libvirt.base_disk import point_to_base
 from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec, domain_xml
 
@@ -37,7 +37,8 @@ class WarmStart:
     """Where the guest of a machine like ``spec`` over the disk with ``sha256`` is kept, if it is."""
 
     def __init__(self, spec: DomainSpec, sha256: str, qemu_version: str) -> None:
-        self.path = _directory() / f"{_key(spec, sha256, qemu_version)}.qcow2"
+        key = _key(spec, sha256, qemu_version)
+        self.path = booted_directory() / f"{sha256[:BASE_DIGITS]}-{key}.qcow2"
 
     def take(self, overlay: Path, base: Path) -> bool:
         """Make ``overlay`` a clone of the guest over ``base``; False where there is none to be had."""
@@ -52,15 +53,18 @@ class WarmStart:
             return False
         return True
 
-    def keep(self, overlay: Path) -> None:
-        """Keep the guest whose disk this is, and that stands still. Raises OSError."""
+    def keep(self, overlay: Path, scratch: Path) -> None:
+        """Keep the guest whose disk this is, and that stands still. Raises OSError.
+
+        ``scratch`` is a folder of a run, on the same file system: there it is copied to, and moved from.
+        """
         size = overlay.stat().st_blocks * 512
         folder = self.path.parent
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         room = os.statvfs(folder)
         if room.f_bavail * room.f_frsize < ROOM * size:
             return
-        unfinished = self.path.with_suffix(f".{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        unfinished = scratch / f"booted-{uuid.uuid4().hex[:8]}"
         try:
             _copy(overlay, unfinished)
             unfinished.replace(self.path)
@@ -72,10 +76,6 @@ class WarmStart:
         """Keep it no longer: it does not come up."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
-
-
-def _directory() -> Path:
-    return cache_directory() / "booted"
 
 
 def _key(spec: DomainSpec, sha256: str, qemu_version: str) -> str:
@@ -141,7 +141,7 @@ def _copy(source: Path, destination: Path) -> None:
 
 def _remove_old_ones() -> None:
     used: list[tuple[float, Path]] = []
-    for path in _directory().glob("*.qcow2"):
+    for path in booted_directory().glob("*.qcow2"):
         with suppress(OSError):
             used.append((path.stat().st_mtime, path))
     for _, path in sorted(used, reverse=True)[KEPT:]:
