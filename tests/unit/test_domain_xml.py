@@ -181,7 +181,8 @@ def test_the_longest_socket_is_taken() -> None:
     spec(ports=(("com1", Path("/" + "a" * 106)),))
 
 
-@given(hostile=st.text(min_size=1))
+# "user" is QEMU's own network, no name; Hypothesis tries the strings that it finds in our code, too.
+@given(hostile=st.text(min_size=1).filter(lambda text: text != "user"))
 def test_no_text_becomes_more_than_a_text(hostile: str) -> None:
     plain = tree(network="x", cmdline="x", kernel=Path("/x"), cdrom=Path("/x"))
     path = Path("/" + hostile.replace("/", "_"))
