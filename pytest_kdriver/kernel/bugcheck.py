@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from pytest_kdriver.kernel.caller import Caller, Callers
 from pytest_kdriver.kernel.events import (
+    Breakpoint,
     BugCheck,
     DebugPrint,
     MissingExport,
@@ -19,8 +20,12 @@ from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.symbolizer import LoadSymbols
 from pytest_kdriver.ntstatus import NTSTATUS
 
-CrashEvent: TypeAlias = BugCheck | UnhandledException | MissingExport | ProcessDied
-_CRASH_EVENTS = (BugCheck, UnhandledException, MissingExport, ProcessDied)
+CrashEvent: TypeAlias = BugCheck | Breakpoint | UnhandledException | MissingExport | ProcessDied
+_CRASH_EVENTS = (BugCheck, Breakpoint, UnhandledException, MissingExport, ProcessDied)
+_OF_THE_GUEST = (BugCheck, Breakpoint)
+"""Where they name no driver, they are everybody's."""
+
+_BREAKPOINTS = {0x80000003: "breakpoint (int 3)", 0xC0000420: "assertion failed (int 2Ch)"}
 
 _PANIC = re.compile(r"panicked at (.+:\d+:\d+)")
 """What the framework's panic handler prints before its bug check; std's words."""
@@ -46,7 +51,7 @@ def is_crash(event: object, driver: str) -> bool:
     """True if ``event`` says that ``driver``, or the guest as a whole, crashed."""
     if not isinstance(event, _CRASH_EVENTS):
         return False
-    return event.driver == driver or (event.driver is None and isinstance(event, BugCheck))
+    return event.driver == driver or (event.driver is None and isinstance(event, _OF_THE_GUEST))
 
 
 def find_crash(window: Window, driver: str, start: int | None = None) -> Crash | None:
@@ -59,7 +64,7 @@ def find_crash(window: Window, driver: str, start: int | None = None) -> Crash |
     for position, event in window.numbered(start, _CRASH_EVENTS):
         if not isinstance(event, _CRASH_EVENTS):
             continue
-        anonymous = event.driver is None and not isinstance(event, BugCheck)
+        anonymous = event.driver is None and not isinstance(event, _OF_THE_GUEST)
         if not is_crash(event, driver) and not anonymous:
             continue
         crash = _crash(position, event)
@@ -109,6 +114,8 @@ def _crash(position: int, event: CrashEvent) -> Crash:
         case BugCheck():
             code, parameters, address = event.code, event.parameters, event.caller
             instruction = address - 1 if address is not None else None
+        case Breakpoint():
+            code, address, instruction = event.code, event.address, event.address
         case UnhandledException():
             code, address, instruction = event.code, event.address, event.address
             parameters = (event.access[1],) if event.access else ()
@@ -132,6 +139,9 @@ def describe(event: CrashEvent) -> str:
         case BugCheck():
             parameters = ", ".join(f"0x{value:X}" for value in event.parameters)
             return f"bug check 0x{event.code:X} ({parameters})"
+        case Breakpoint():
+            kind = _BREAKPOINTS.get(event.code, f"breakpoint {NTSTATUS(event.code)}")
+            return f"{kind} at address 0x{event.address:X}, which without a debugger is a bug check"
         case UnhandledException() if event.access is not None:
             kind, touched = event.access
             return f"page fault: {kind} access to 0x{touched:X} at address 0x{event.address:X}"

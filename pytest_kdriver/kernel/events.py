@@ -86,12 +86,28 @@ class DriverUnload:
 
 @dataclass(frozen=True, slots=True)
 class ImageLoaded:
-    """A driver's image lies at ``base``, ``size`` bytes long."""
+    """An image lies at ``base``, ``size`` bytes long: a driver's, or another of the kernel's.
+
+    ``driver`` is the stem of its file's name where the source knows no service; drivers under test have their
+    service's name as their file's. ``path`` is the file, as the kernel calls it; "" where the source can't
+    tell.
+    """
 
     time: float
     driver: str
     base: int
     size: int
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUnloaded:
+    """The image at ``base`` is gone; ``driver`` and ``path`` as in ``ImageLoaded``."""
+
+    time: float
+    driver: str
+    base: int
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +155,9 @@ class PoolFreed:
 class BugCheck:
     """The kernel, or the driver, called KeBugCheckEx.
 
-    ``caller`` is the call's return address, None where the source can't tell.
+    ``caller`` is the call's return address, None where the source can't tell. ``driver`` is the one that it
+    ended; None where it ended the guest. ``blamed`` is the image that the kernel itself names as its cause, a
+    file's name. ``stack`` has return addresses, innermost first.
     """
 
     time: float
@@ -147,6 +165,58 @@ class BugCheck:
     code: int
     parameters: tuple[int, ...]
     caller: int | None = None
+    blamed: str | None = None
+    stack: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Breakpoint:
+    """A breakpoint or an assertion in the code, which without a debugger is a bug check.
+
+    ``code`` is 0x80000003 (int 3) or 0xC0000420 (int 2Ch), ``address`` that of the instruction.
+    """
+
+    time: float
+    driver: str | None
+    code: int
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorState:
+    """Where a processor was when the kernel was stopped from outside; ``stack`` as in ``BugCheck``."""
+
+    time: float
+    driver: None
+    processor: int
+    address: int
+    stack: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolTagUse:
+    """What a kernel's counters say of one tag and pool type, "Paged" or "NonPaged".
+
+    ``blocks`` is allocations less frees, modulo 2^32; ``size`` is in bytes.
+    """
+
+    tag: bytes
+    pool_type: str
+    blocks: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolTags:
+    """The counters of the tags that ``driver`` is known by, when it was not loaded.
+
+    ``settled`` is False where they were still changing at the deadline.
+    """
+
+    time: float
+    driver: str
+    uses: tuple[PoolTagUse, ...]
+    settled: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +280,14 @@ Event: TypeAlias = (
     | DriverUnloadCalled
     | DriverUnload
     | ImageLoaded
+    | ImageUnloaded
     | PoolAllocated
     | PoolStack
     | PoolFreed
+    | PoolTags
     | BugCheck
+    | Breakpoint
+    | ProcessorState
     | UnhandledException
     | MissingExport
     | ProcessDied

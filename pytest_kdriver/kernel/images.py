@@ -16,25 +16,29 @@ class Images:
     """
 
     def __init__(self, window: Window, driver: str) -> None:
-        calls: list[DriverInitCalled] = []
+        entries: list[int | None] = []
         self._positions: list[int] = []
         self._images: list[ImageLoaded | None] = []
         for position, event in window.numbered(None, (DriverInitCalled, ImageLoaded)):
             if event.driver != driver:
                 continue
             if isinstance(event, DriverInitCalled):
-                calls.append(event)
+                entries.append(event.entry)
                 self._positions.append(position)
                 self._images.append(None)
-            elif isinstance(event, ImageLoaded) and calls:  # told when its load is over
+            elif isinstance(event, ImageLoaded) and event.path:  # told when its load begins
+                entries.append(None)
+                self._positions.append(position)
+                self._images.append(event)
+            elif isinstance(event, ImageLoaded) and entries:  # told when its load is over
                 self._images[-1] = event
-        pairs = zip(calls, self._images, strict=True)
-        known = next(((call, image) for call, image in pairs if image is not None), None)
+        loads = list(zip(entries, self._images, strict=True))
+        known = next(((entry, image) for entry, image in loads if entry and image), None)
         if known is not None:  # a load that never came back, for one: the same image elsewhere
-            entry, one = known[0].entry, known[1]
+            entry, one = known
             self._images = [
-                image or replace(one, base=one.base + call.entry - entry)
-                for call, image in zip(calls, self._images, strict=True)
+                image or replace(one, base=one.base + called - entry) if called else image
+                for called, image in loads
             ]
 
     def at(self, position: int) -> ImageLoaded | None:

@@ -7,6 +7,7 @@ from collections import deque
 
 from pytest_kdriver.kernel.bugcheck import describe
 from pytest_kdriver.kernel.events import (
+    Breakpoint,
     BugCheck,
     DebugPrint,
     DriverInit,
@@ -16,9 +17,11 @@ from pytest_kdriver.kernel.events import (
     DriverUnloadCalled,
     Event,
     ImageLoaded,
+    ImageUnloaded,
     KernelMessage,
     MissingExport,
     ProcessDied,
+    ProcessorState,
     UnhandledException,
 )
 from pytest_kdriver.kernel.log import Window
@@ -64,7 +67,11 @@ def describe_event(event: Event) -> list[str]:
             return [f"{event.driver}: DriverUnload returned"]
         case ImageLoaded():
             return [f"{event.driver}: lies at 0x{event.base:X}, {event.size} bytes"]
-        case BugCheck() | UnhandledException() | MissingExport() | ProcessDied():
+        case ImageUnloaded():
+            return [f"{event.driver}: is gone from 0x{event.base:X}"]
+        case ProcessorState():
+            return [f"processor {event.processor} is at 0x{event.address:X}"]
+        case BugCheck() | Breakpoint() | UnhandledException() | MissingExport() | ProcessDied():
             return [f"{event.driver or '?'}: {describe(event)}"]
         case KernelMessage():
             return [f"{event.driver or '?'}: {event.text}"]

@@ -8,11 +8,12 @@ socket, whose messages are Wine's trace and the kernel log's source.
 from __future__ import annotations
 
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
 from pytest_kdriver.config import TargetConfig
+from pytest_kdriver.errors import LinkError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.guest.links.process import ProcessLink
@@ -28,10 +29,18 @@ from pytest_kdriver.targets.runs import Run
 
 CAPABILITIES: Final = frozenset({"kernel-log", "pool", "crashes", "snapshots", "programs"})
 
+START_ATTEMPTS: Final = 3
+"""On a busy machine a Wine process was seen, once in thousands of starts, to be gone before anything ran in
+it."""
+
 SEND_BUFFER: Final = 4 << 20
 """Bytes of trace that may wait for the pump before a driver has to; the system may allow less."""
 
 _SO_SNDBUFFORCE: Final = 32  # socket(7); Python has no name for it
+
+
+class _Stillborn(LinkError):
+    """The agent's process ended before its first answer."""
 
 
 class WineMachine:
@@ -51,7 +60,13 @@ class WineMachine:
         return f"Wine {self._wine.version}"
 
     def boot(self, run: Run, log: KernelLog, generation: int) -> Guest:
-        """See ``Machine``."""
+        """See ``Machine``. An agent that ended before it said a word is started again, in a new prefix."""
+        for _ in range(START_ATTEMPTS - 1):
+            with suppress(_Stillborn):
+                return self._boot(run, log, generation)
+        return self._boot(run, log, generation)
+
+    def _boot(self, run: Run, log: KernelLog, generation: int) -> Guest:
         source = prefix.template(self._wine, run)
         path = run.path / f"prefix-{generation}"
         run.record(prefix.RESOURCE, path)
@@ -69,9 +84,12 @@ class WineMachine:
                 )
             try:
                 agent = Agent.connect(link, timeout=START_TIMEOUT)
-            except BaseException:
+            except BaseException as error:
+                ended = link.ended
                 prefix.end(path)
                 link.close()
+                if ended and isinstance(error, LinkError):
+                    raise _Stillborn(f"{error} (it ended with {link.returncode})") from error
                 raise
         except BaseException:
             pump.close()
