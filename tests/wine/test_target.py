@@ -341,6 +341,51 @@ class TestEnd:
         assert not set(left_behind()) - before
 
 
+@pytest.fixture
+def stillborn(tmp_path: Path) -> Callable[[int], TargetConfig]:
+    """A Wine whose agents end before they say a word, so many times."""
+
+    def make(times: int) -> TargetConfig:
+        real = prefix.find_wine()
+        loader, left = tmp_path / "wine64", tmp_path / "left"
+        left.write_text("x" * times)
+        loader.write_text(
+            "#!/bin/sh\n"
+            f'if [ -s {left} ] && [ "${{1%kdagent.exe}}" != "$1" ]; then\n'
+            f"    truncate -s -1 {left}; exit 7\n"
+            "fi\n"
+            f'exec {real.loader} "$@"\n'
+        )
+        loader.chmod(0o755)
+        (tmp_path / "wineserver64").symlink_to(real.server)
+        return TargetConfig(name="wine", kind="wine", wine=str(loader))
+
+    return make
+
+
+class TestStillbornAgent:
+    def test_is_started_again(
+        self, own_cache: Path, stillborn: Callable[[int], TargetConfig], cargo: Cargo
+    ) -> None:
+        target = WineTarget(stillborn(wine_module.START_ATTEMPTS - 1))
+        try:
+            target.start()
+            driver = drivers_on(target, cargo)("hello")
+            with driver.running():
+                pass
+            assert driver.dbgprint.lines == ["Hello, world!", "Bye bye!"]
+        finally:
+            target.close()
+
+    def test_is_told_where_it_happens_each_time(
+        self, own_cache: Path, stillborn: Callable[[int], TargetConfig]
+    ) -> None:
+        target = WineTarget(stillborn(wine_module.START_ATTEMPTS))
+        with pytest.raises(TargetError, match="it ended with 7"):
+            target.start()
+        target.close()
+
+
 def test_a_print_of_another_process_is_no_driver_s(target: WineTarget, make: Make) -> None:
     driver = make("hello")
     driver.start()
