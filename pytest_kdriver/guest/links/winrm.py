@@ -271,6 +271,8 @@ class WinrmLink:
     def _explain(self, error: Exception) -> str:
         if isinstance(error, LinkError):
             return str(error)
+        if self._wsman.nobody_listens(error):  # as between two requests there may be no connection
+            return "the connection was lost: nobody listens there any more"
         told: str = self._wsman.explain(error, self._config)
         return told
 

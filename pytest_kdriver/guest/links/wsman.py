@@ -415,6 +415,11 @@ def is_down(error: Exception) -> bool:
     return isinstance(error, requests.ConnectionError)
 
 
+def nobody_listens(error: Exception) -> bool:
+    """Whether the connection was refused."""
+    return _find(error, ConnectionRefusedError) is not None
+
+
 def explain(error: Exception, config: WinrmConfig) -> str:
     """What happened, in words that a person can act on. They never have the password."""
     for kind, tell in _EXPLANATIONS:
@@ -489,7 +494,7 @@ def _explain_certificate(error: Exception, config: WinrmConfig) -> str:
 
 def _explain_connection(error: Exception, _config: WinrmConfig) -> str:
     cause = _find(error, OSError)
-    if isinstance(cause, ConnectionRefusedError):
+    if nobody_listens(error):
         return "the connection was refused; does WinRM run there, and listen at this port?"
     if isinstance(cause, socket.gaierror):
         return f"its name can't be resolved: {cause.strerror}"
