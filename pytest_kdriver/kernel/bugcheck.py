@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from pytest_kdriver.kernel.bug_checks import name_of
 from pytest_kdriver.kernel.caller import Caller, Callers
 from pytest_kdriver.kernel.events import (
     Breakpoint,
@@ -138,7 +139,9 @@ def describe(event: CrashEvent) -> str:
     match event:
         case BugCheck():
             parameters = ", ".join(f"0x{value:X}" for value in event.parameters)
-            return f"bug check 0x{event.code:X} ({parameters})"
+            name = name_of(event.code)
+            named = f"0x{event.code:X} {name}" if name else f"0x{event.code:X}"
+            return f"bug check {named} ({parameters})"
         case Breakpoint():
             kind = _BREAKPOINTS.get(event.code, f"breakpoint {NTSTATUS(event.code)}")
             return f"{kind} at address 0x{event.address:X}, which without a debugger is a bug check"

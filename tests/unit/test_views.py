@@ -528,6 +528,7 @@ def test_pool_uses_are_a_sequence() -> None:
     ("event", "words"),
     [
         (BugCheck(0.0, "a", 0xE2E2, (1, 2)), "bug check 0xE2E2 (0x1, 0x2)"),
+        (BugCheck(0.0, "a", 0x44, (1,)), "bug check 0x44 MULTIPLE_IRP_COMPLETE_REQUESTS (0x1)"),
         (
             UnhandledException(0.0, "a", 0x80000003, 16),
             "STATUS_BREAKPOINT (0x80000003) at address 0x10",
