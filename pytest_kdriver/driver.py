@@ -37,7 +37,7 @@ from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.symbols import Symbols, load_symbols
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
 from pytest_kdriver.kernel.dbgprint import DbgPrint
-from pytest_kdriver.kernel.events import DriverInitCalled, DriverUnload
+from pytest_kdriver.kernel.events import DriverInitCalled, DriverUnload, ImageLoaded
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.pool import Pool, PoolUses
 from pytest_kdriver.kernel.text import kernel_lines
@@ -251,6 +251,7 @@ class Driver:
         except TimeoutError as error:
             raise self._slow("stop", "asking the guest to stop it", limit, error) from error
         except TargetError:
+            self._raise_crash()  # with its guest the driver is gone
             self._lose(f"the guest went while {self.service} was stopped")
             raise
         except Exception:
@@ -425,7 +426,9 @@ class Driver:
         except TimeoutError as error:
             raise self._slow("start", "asking the guest to start it", limit, error) from error
         except TargetError:
-            if any(self._window.of(DriverInitCalled, begin)):
+            self._raise_crash()
+            began = self._window.numbered(begin, (DriverInitCalled, ImageLoaded))
+            if any(event.driver == self.service for _, event in began):
                 self._lose(f"the guest went while {self.service} was started")
             raise
         except Exception:

@@ -18,8 +18,8 @@
     nic = "virtio"              # "virtio" | "e1000e" | "none"
     network = "user"            # QEMU's own, which reaches nothing; or the name of a libvirt network
     enlightenments = false      # Hyper-V's, for Windows
-    kernel_log = "none"         # "wine-trace" | "none"
-    kernel_log_port = "virtio:kdriver.trace"    # or "com1" to "com4"
+    kernel_log = "none"         # "kd" | "text" | "wine-trace" | "none"
+    kernel_log_port = "com1"    # to "com4"; for "wine-trace" "virtio:kdriver.trace"
     agent = "serial"            # "serial" | "ssh" | "winrm"
     agent_port = "virtio:kdriver.agent"         # or "com1" to "com4"; else the guest's TCP port
     ssh_user = "root"
@@ -65,7 +65,8 @@ from pytest_kdriver.errors import ConfigError
 Firmware: TypeAlias = Literal["bios", "uefi"]
 Bus: TypeAlias = Literal["virtio", "sata"]
 Nic: TypeAlias = Literal["virtio", "e1000e", "none"]
-KernelLogKind: TypeAlias = Literal["wine-trace", "none"]
+KernelLogKind: TypeAlias = Literal["kd", "text", "wine-trace", "none"]
+"""By the kernel's debugger over a COM port, as text from one, by Wine's trace from a port of our own."""
 AgentKind: TypeAlias = Literal["serial", "ssh", "winrm"]
 
 USER_NETWORK: Final = "user"
@@ -103,7 +104,7 @@ class VmConfig:
     network: str = USER_NETWORK
     enlightenments: bool = False
     kernel_log: KernelLogKind = "none"
-    kernel_log_port: str = "virtio:kdriver.trace"
+    kernel_log_port: str = ""
     agent: AgentKind = "serial"
     agent_port: str | int = "virtio:kdriver.agent"
     ssh_user: str = "root"
@@ -117,6 +118,12 @@ class VmConfig:
     winrm_command: str = "kdagent"
     boot_timeout: float = 300.0
     warm_start: bool = True
+
+    @property
+    def log_port(self) -> str:
+        """The port that the kernel log comes by."""
+        default = "virtio:kdriver.trace" if self.kernel_log == "wine-trace" else "com1"
+        return self.kernel_log_port or default
 
     @property
     def tcp_port(self) -> int | None:
@@ -146,6 +153,11 @@ def vm_config(*settings: VmSettings, where: str = "the virtual machine") -> VmCo
 
 def _contradiction(config: VmConfig) -> str | None:
     """Which keys can't be together; None where all can."""
+    if config.kernel_log in {"kd", "text"} and not config.log_port.startswith("com"):
+        return (
+            f"kernel_log is {config.kernel_log!r}, kernel_log_port {config.kernel_log_port!r}; "
+            'allowed: "com1" to "com4"'
+        )
     if config.tcp_port is not None:
         agent = config.agent
         if config.network != USER_NETWORK:
@@ -155,7 +167,7 @@ def _contradiction(config: VmConfig) -> str | None:
         return None
     if isinstance(config.agent_port, int):
         return f"agent is 'serial', agent_port {config.agent_port}; allowed: {_PORT_WORDS}"
-    if config.kernel_log != "none" and config.agent_port == config.kernel_log_port:
+    if config.kernel_log != "none" and config.agent_port == config.log_port:
         return f"agent_port and kernel_log_port are both {config.agent_port!r}; each needs its own"
     return None
 
@@ -209,7 +221,7 @@ _CHECKS: Final[Mapping[str, Check]] = {
     "nic": one_of("virtio", "e1000e", "none"),
     "network": matching(_NETWORK, '"user", or the name of a libvirt network'),
     "enlightenments": flag,
-    "kernel_log": one_of("wine-trace", "none"),
+    "kernel_log": one_of("kd", "text", "wine-trace", "none"),
     "kernel_log_port": _port,
     "agent": one_of("serial", "ssh", "winrm"),
     "agent_port": _agent_port,

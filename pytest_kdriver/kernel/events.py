@@ -8,7 +8,7 @@ source can't tell. Addresses are the guest's virtual ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from pytest_kdriver.ntstatus import NTSTATUS
 
@@ -208,13 +208,15 @@ class PoolTagUse:
 
 @dataclass(frozen=True, slots=True)
 class PoolTags:
-    """The counters of the tags that ``driver`` is known by, when it was not loaded.
+    """The counters of the tags that ``driver`` is known by: before its load, or when it was gone again.
 
-    ``settled`` is False where they were still changing at the deadline.
+    A tag that the kernel never saw has none. ``settled`` is False where they were still changing at the
+    deadline; then they are the lowest that were seen.
     """
 
     time: float
     driver: str
+    moment: Literal["before", "after"]
     uses: tuple[PoolTagUse, ...]
     settled: bool = True
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import replace
 
-from pytest_kdriver.kernel.events import DriverInitCalled, ImageLoaded
-from pytest_kdriver.kernel.log import Window
+from pytest_kdriver.kernel.events import DriverInitCalled, ImageLoaded, ImageUnloaded
+from pytest_kdriver.kernel.log import KernelLog, Window
 
 
 class Images:
@@ -45,6 +45,30 @@ class Images:
         """The image of the load that log position ``position`` is of; None where that is not known."""
         load = bisect_right(self._positions, position) - 1
         return self._images[load] if load >= 0 else None
+
+
+class Modules:
+    """All images of the guest's kernel that a log tells of, as they lay at log position ``position``.
+
+    Where images lay in the same place one after the other, the last one counts.
+    """
+
+    def __init__(self, log: KernelLog, position: int) -> None:
+        loaded: dict[int, ImageLoaded] = {}
+        for _, event in log.numbered(0, position, (ImageLoaded, ImageUnloaded)):
+            if isinstance(event, ImageUnloaded):
+                loaded.pop(event.base, None)
+            elif isinstance(event, ImageLoaded) and event.path:
+                loaded[event.base] = event
+        self._bases = sorted(loaded)
+        self._loaded = loaded
+
+    def where(self, address: int) -> str | None:
+        """An address as ``name+0x12``; None where no image lies there."""
+        at = bisect_right(self._bases, address) - 1
+        if at < 0 or not has(image := self._loaded[self._bases[at]], address):
+            return None
+        return f"{image.driver}+0x{address - image.base:X}"
 
 
 def has(image: ImageLoaded, address: int) -> bool:

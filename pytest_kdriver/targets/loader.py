@@ -46,6 +46,10 @@ class Surroundings(Protocol):
         """See ``Target``."""
         ...
 
+    def examine_hang(self) -> None:
+        """Have the log tell where the guest's processors are, as far as that can be had. Raises nothing."""
+        ...
+
     def agent_errors(self, phase: str) -> AbstractContextManager[None]:
         """Make of a lost agent, or a guest whose services are gone, a target that has to be put back."""
         ...

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.image.preflight import Report
+from pytest_kdriver.kernel.events import BugCheck, Event
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.targets.runs import Run
 
@@ -22,9 +24,44 @@ class LogFeed(Protocol):
     failure: str | None
     """Why nothing more comes; None while all is well."""
 
+    carries_words: bool
+    """Whether the agent's word for a fence comes by it. Where not, who prints waits until it was taken."""
+
     def close(self) -> None:
         """Read what has arrived, then stop."""
         ...
+
+
+@runtime_checkable
+class Debugger(LogFeed, Protocol):
+    """A feed that is the kernel's debugger."""
+
+    def end_of_boot(self) -> None:
+        """From here on a breakpoint is a mistake."""
+        ...
+
+    def break_in(self, timeout: float) -> None:
+        """Have the log tell where each processor is; the kernel goes on. ``TimeoutError``, ``LinkError``."""
+        ...
+
+    def go_on(self) -> None:
+        """Let a kernel that stands behind a bug check write its dump and reboot."""
+        ...
+
+
+class WatchedLog:
+    """The kernel log as a feed writes it; ``on_bug_check`` is told, in the feed's thread, of the guest's end."""
+
+    def __init__(self, log: KernelLog, on_bug_check: Callable[[BugCheck], None]) -> None:
+        self._log = log
+        self._on_bug_check = on_bug_check
+
+    def append(self, events: Sequence[Event]) -> None:
+        """See ``KernelLog``."""
+        self._log.append(events)
+        for event in events:
+            if type(event) is BugCheck and event.driver is None:
+                self._on_bug_check(event)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +113,10 @@ class Machine(Protocol):
 
     def catch_up(self, guest: Guest) -> bool:
         """Have the log hold what was printed before an answer of the agent's; False: it takes a fence."""
+        ...
+
+    def examine_hang(self, guest: Guest) -> None:
+        """Have the log tell where the processors of a guest are that hangs, as far as that can be had."""
         ...
 
     def preflight(self, image: Path) -> Report:

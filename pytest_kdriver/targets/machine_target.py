@@ -8,7 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -337,6 +337,9 @@ class MachineTarget:
         feed = self.guest.feed
         if feed is None:
             return
+        if not feed.carries_words:
+            self._catch_up()
+            return
         position = len(self.log)
         cookie = uuid.uuid4().hex
         try:
@@ -362,7 +365,12 @@ class MachineTarget:
         guest = self.guest
         if guest.feed is None:
             return
-        if self.machine.catch_up(guest):
+        try:
+            caught_up = self.machine.catch_up(guest)
+        except (LinkError, TimeoutError) as error:
+            self.break_down("its kernel log does not flow")
+            raise TargetError(f"its kernel log does not flow: {error}", target=self.name) from error
+        if caught_up:
             self._check_feed(guest.feed)
         else:
             self.fence()
@@ -371,6 +379,11 @@ class MachineTarget:
         if feed.failure is not None:
             self.break_down("its kernel log broke")
             raise TargetError(f"its kernel log broke: {feed.failure}", target=self.name)
+
+    def examine_hang(self) -> None:
+        """See ``Surroundings``."""
+        with suppress(TargetError, AgentError, LinkError, TimeoutError):
+            self.machine.examine_hang(self.guest)
 
     # drivers
 

@@ -119,10 +119,12 @@ class NtLoader:
 
     def cut_io(self, service: str) -> str:
         """See ``Loader``."""
+        self._target.examine_hang()
         self._target.break_down(f"{service} hangs in a device's I/O")
         return self._cut_words()
 
     def _cut(self, reason: str) -> CallTimeout:
+        self._target.examine_hang()
         self._target.break_down(reason)
         return CallTimeout(self._cut_words())
 

@@ -29,6 +29,7 @@ class PortPump:
     """
 
     failure: str | None = None
+    carries_words = True
 
     def __init__(
         self, path: Path, new_source: Callable[[], Source], log: KernelLog, name: str

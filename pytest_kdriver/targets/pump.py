@@ -35,6 +35,7 @@ class MessagePump:
     """
 
     failure: str | None = None
+    carries_words = True
 
     def __init__(
         self, connection: socket.socket, source: Source, log: KernelLog, name: str

@@ -276,6 +276,9 @@ class RemoteMachine:
         """See ``Machine``. There is no kernel log."""
         return False
 
+    def examine_hang(self, guest: Guest) -> None:
+        """See ``Machine``. There is no kernel log."""
+
     def preflight(self, image: Path) -> Report:
         """See ``Machine``. The guest's kernel is not looked into."""
         on_wine = self._agent is not None and self._agent.info.wine_version is not None

@@ -130,6 +130,9 @@ class WineMachine:
         self._pump.catch_up()
         return True
 
+    def examine_hang(self, guest: Guest) -> None:
+        """See ``Machine``. The driver's process is ended, and says nothing."""
+
     def preflight(self, image: Path) -> Report:
         """See ``Machine``."""
         windows = self.prefix / "drive_c" / "windows"

@@ -154,7 +154,7 @@ def test_winevm_needs_no_config_and_takes_some(tmp_path: Path) -> None:
         ("image = '../../etc'", "image is '../../etc'; allowed: the name of a disk image"),
         ('disk = "a\\u0000b"', "disk is"),
         ("disk = 'a'\nnetwork = \"x'/><evil\"", "network is"),
-        ("disk = 'a'\nkernel_log = 'kd'", "kernel_log is 'kd'; allowed: wine-trace, none"),
+        ("disk = 'a'\nkernel_log = 'x'", "kernel_log is 'x'; allowed: kd, text, wine-trace, none"),
         ("disk = 'a'\nkernel_log_port = 'virtio:../x'", "kernel_log_port is"),
         ("disk = 'a'\nagent_port = 'com5'", "agent_port is 'com5'; allowed: \"virtio:NAME\""),
         (f"disk = 'a'\nagent_port = 'virtio:{'x' * 32}'", "at most 31 characters"),

@@ -79,6 +79,9 @@ class FakeDomain:
     def createWithFlags(self, flags: int) -> None:
         self._libvirt.do(f"create {self._name}", "create")
 
+    def resume(self) -> None:
+        self._libvirt.do(f"resume {self._name}", "resume")
+
     def destroy(self) -> None:
         self._libvirt.do(f"destroy {self._name}", "destroy")
 
@@ -262,7 +265,7 @@ class TestAGuestThatDoesNotComeUp:
 
         monkeypatch.setattr(WinrmAddress, "open", refuse)
         monkeypatch.setattr(WarmStart, "take", take)
-        monkeypatch.setattr(Domain, "start_from", lambda domain, _: domain.start())
+        monkeypatch.setattr(Domain, "start_from", lambda domain, _, **__: domain.start())
         monkeypatch.setattr(Domain, "forwarded", lambda *_: 1)
         machine, hypervisor = make(agent="winrm", winrm_user="tester")
         with pytest.raises(TargetError, match="it refused the user tester"):
@@ -277,7 +280,7 @@ class TestAGuestThatDoesNotComeUp:
         with pytest.raises(KeyboardInterrupt):
             machine.boot(run, KernelLog(), 1)
         assert [what.split()[0] for what in hypervisor.libvirt.done] == [
-            *("define", "create"),
+            *("define", "create", "resume"),
             *("destroy", "undefine"),
         ]
         assert list(runtime.iterdir()) == []
@@ -354,6 +357,9 @@ class FakeMachine:
 
     def catch_up(self, guest: Guest) -> bool:
         return True
+
+    def examine_hang(self, guest: Guest) -> None:
+        pass
 
     def preflight(self, image: Path) -> Report:
         raise NotImplementedError
@@ -454,6 +460,7 @@ class BootingVm:
     def __init__(self) -> None:
         self.domain = self
         self.stopped: str | None = None
+        self.bug_check: str | None = None
 
 
 def test_a_handshake_of_ssh_s_may_take_longer_than_an_attempt(

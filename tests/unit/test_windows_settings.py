@@ -32,6 +32,7 @@ from pytest_kdriver.targets.windows.settings import (
     maximum_password_age,
     read_settings,
     settings,
+    switch_debugger_on,
 )
 from pytest_kdriver.win32error import Win32Error
 from tests.unit.test_agent import FakeGuest, connect
@@ -223,7 +224,7 @@ ELEMENTS = {
     ("testsigning", "on"): ("16000049", b"\1"),
     ("hypervisorlaunchtype", "off"): ("250000f0", bytes(8)),
     ("hypervisorlaunchtype", "auto"): ("250000f0", b"\1" + bytes(7)),
-    ("debug", "off"): ("260000a0", b"\0"),
+    ("debug", "on"): ("260000a0", b"\1"),
     ("recoveryenabled", "no"): ("16000009", b"\0"),
     ("bootstatuspolicy", "ignoreallfailures"): ("250000e0", b"\1" + bytes(7)),
 }
@@ -256,6 +257,14 @@ class TestAllSettings:
         assert all(reading.in_force for reading in readings), readings
         assert told == [reading.name for reading in readings]
         assert before.count(True) <= 4  # what is off where nobody said so
+
+    def test_leave_the_debugger_for_the_end(self) -> None:
+        windows = Windows()
+        with connect(windows) as agent:
+            make_settings(agent, Wanted(agent_service=""), quiet)
+            assert "bcdedit.exe /set {default} debug on" not in windows.commands
+            switch_debugger_on(agent)
+        assert windows.commands[-1] == "bcdedit.exe /set {default} debug on"
 
     def test_have_names_of_their_own(self) -> None:
         names = [setting.name for setting in settings(Wanted(agent_service="kdagent"))]
@@ -301,7 +310,6 @@ class TestPrograms:
         for command in (
             "bcdedit.exe /set {default} testsigning on",
             "bcdedit.exe /dbgsettings serial debugport:1 baudrate:115200",
-            "bcdedit.exe /set {default} debug off",
             'certutil.exe -f -p "" -importpfx C:\\kdriver\\winrm.pfx',
             "netsh.exe advfirewall firewall add rule name=kdriver-winrm dir=in action=allow "
             "protocol=TCP localport=5985,5986 profile=any",

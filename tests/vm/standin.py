@@ -22,7 +22,7 @@ from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
 from pytest_kdriver.targets.runs import remove_tree
 from pytest_kdriver.targets.windows import settings
 from pytest_kdriver.targets.windows.answer_file import Secrets
-from pytest_kdriver.targets.windows.kinds import Boot, Setting, Values
+from pytest_kdriver.targets.windows.kinds import Boot, Setting, Value, Values
 from pytest_kdriver.targets.windows.scrubbing import scrub_disk
 
 PREFIX = "/var/lib/kdriver/prefix"
@@ -41,6 +41,10 @@ _all_settings = settings.settings
 def in_the_registry(wanted: settings.Wanted) -> tuple[Setting, ...]:
     """Of what a Windows is set to, all that a Wine can be."""
     return tuple(setting for setting in _all_settings(wanted) if isinstance(setting, Values))
+
+
+IN_PLACE_OF_THE_DEBUGGER = Values("kernel debugger", (Value("SOFTWARE\\kdriver", "debug", 1),))
+"""What switches the debugger on is bcdedit, which Wine has not."""
 
 
 def of_the_boot(wanted: settings.Wanted) -> tuple[Setting, ...]:

@@ -31,6 +31,7 @@ from pytest_kdriver.targets.windows.passwords import find_password, new_password
 from tests.vm.grub_cd import make_cd
 from tests.vm.standin import (
     DRIVE,
+    IN_PLACE_OF_THE_DEBUGGER,
     count_on_disk,
     debugfs,
     in_the_registry,
@@ -185,6 +186,7 @@ def test_what_is_on_the_cd_becomes_an_image_that_runs_start_from(  # noqa: PLR09
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(settings, "settings", in_the_registry)
+    monkeypatch.setattr(settings, "DEBUGGER", IN_PLACE_OF_THE_DEBUGGER)
     phases: list[str] = []
     consoles: list[str] = []
 
@@ -211,6 +213,7 @@ def test_what_is_on_the_cd_becomes_an_image_that_runs_start_from(  # noqa: PLR09
         "restart 2",
         "Windows answers",
         "removing what Setup kept of the password",
+        "switching its kernel's debugger on",
         "shutting it down",
         "looking through its disk for the password",
         "compressing its disk",

@@ -30,6 +30,7 @@ from pytest_kdriver.targets.windows.installation import Installation, Limits
 from pytest_kdriver.targets.windows.passwords import find_password, passwords_directory
 from tests.vm.standin import (
     DRIVE,
+    IN_PLACE_OF_THE_DEBUGGER,
     count_on_disk,
     debugfs,
     in_the_registry,
@@ -147,6 +148,7 @@ def test_what_answers_becomes_an_image_that_runs_start_from(  # noqa: PLR0917 --
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(settings, "settings", in_the_registry)
+    monkeypatch.setattr(settings, "DEBUGGER", IN_PLACE_OF_THE_DEBUGGER)
     phases: list[str] = []
     image = build(recipe, phases)
     assert phases == [
@@ -159,6 +161,7 @@ def test_what_answers_becomes_an_image_that_runs_start_from(  # noqa: PLR0917 --
         "restart 1",
         "Windows answers",
         "removing what Setup kept of the password",
+        "switching its kernel's debugger on",
         "shutting it down",
         "looking through its disk for the password",
         "compressing its disk",

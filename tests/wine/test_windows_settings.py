@@ -34,6 +34,7 @@ from pytest_kdriver.targets.windows.kinds import (
 )
 from pytest_kdriver.targets.windows.listeners import LISTENER, Listeners, thumbprint
 from pytest_kdriver.targets.windows.settings import (
+    DEBUGGER,
     Wanted,
     make_settings,
     read_settings,
@@ -44,7 +45,7 @@ from tests.wine.test_wine_agent import new_guest
 
 WANTED = Wanted(agent_service="kdagent")
 IN_THE_REGISTRY = [setting for setting in settings(WANTED) if isinstance(setting, Values)]
-OF_THE_BOOT = [setting for setting in settings(WANTED) if isinstance(setting, Boot)]
+OF_THE_BOOT = [setting for setting in (*settings(WANTED), DEBUGGER) if isinstance(setting, Boot)]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_a_boot_configuration_without_a_system_that_starts_has_nothing(agent: Ag
     agent.set_value(f"{OBJECTS}\\{BOOT_MANAGER}\\Elements\\23000003", "Element", "")
     assert reading(agent, "test signing").found == "testsigning absent"
     assert not reading(agent, "test signing").in_force
-    assert reading(agent, "kernel debugger off").in_force  # which it is where nobody said so
+    assert not DEBUGGER.read(agent).in_force
 
 
 def test_a_variant_with_memory_integrity_wants_it_on(agent: Agent) -> None:

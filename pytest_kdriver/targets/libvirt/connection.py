@@ -188,6 +188,13 @@ class Hypervisor:
         self.hand_over(folder)
         return folder
 
+    def log_of(self, domain: str) -> Path:
+        """Where libvirt writes what QEMU says of a domain."""
+        if urlsplit(self.uri).path == "/system":
+            return Path("/var/log/libvirt/qemu", f"{domain}.log")
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(cache, "libvirt", "qemu", "log", f"{domain}.log")
+
     def _find_owner(self) -> Owner:
         """The daemon's own user; the privileged daemon runs guests as another, and says as whom."""
         tree = ET.fromstring(call(self._connection.getCapabilities))  # noqa: S314 -- from libvirt itself

@@ -81,6 +81,8 @@ class Domain:
     ) -> None:
         self.spec = spec
         self.resets = 0
+        self.panic: tuple[int, ...] | None = None
+        """What Windows told the panic device: the bug check and its parameters."""
         self._hypervisor = hypervisor
         self._on_stop = on_stop
         self._may_restart = may_restart
@@ -123,6 +125,7 @@ class Domain:
             self._stopped = None
             self.resets = 0
             self._resets_allowed = _RESETS_WHILE_BOOTING
+            self.panic = None
         try:
             flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
             call(self._domain().createWithFlags, flags, timeout=timeout)
@@ -133,13 +136,28 @@ class Domain:
             raise TargetError(f"QEMU does not start: {e}") from e
         self._check_status()
 
-    def start_from(self, tag: str, *, timeout: float = _START_TIMEOUT) -> None:
+    def start_from(
+        self,
+        tag: str,
+        *,
+        before_it_runs: Callable[[], None] = lambda: None,
+        timeout: float = _START_TIMEOUT,
+    ) -> None:
         """Start QEMU; the guest goes on from a snapshot that its disk has, by QMP. Raises ``TargetError``."""
         with self._holding():
             self.start(timeout=timeout, paused=True)
             self._methods[tag] = "qmp"
             self.snapshot_load(tag, timeout=timeout)
             self._resets_allowed = self.resets
+            before_it_runs()
+            call(self._domain().resume)
+        self._check_status()
+
+    def start_held(self, before_it_runs: Callable[[], None]) -> None:
+        """Start QEMU; the guest begins to boot behind ``before_it_runs``. Raises ``TargetError``."""
+        with self._holding():
+            self.start(paused=True)
+            before_it_runs()
             call(self._domain().resume)
         self._check_status()
 
@@ -248,6 +266,31 @@ class Domain:
     def screenshot(self, path: Path, *, timeout: float = _MONITOR_TIMEOUT) -> None:
         """Write the guest's screen to ``path``, a PNG. Raises ``TargetError``."""
         screenshot(self._hypervisor, self.spec.name, path, timeout=timeout)
+
+    def interrupt(self) -> None:
+        """Send its processors an NMI. Raises ``TargetError``."""
+        call(self._domain().injectNMI, 0)
+
+    def instruction_pointers(self) -> list[int]:
+        """Where each processor is. Raises ``TargetError``."""
+        told = self.monitor("human-monitor-command", command_line="info registers -a")
+        return [int(value, 16) for value in re.findall(r"\bRIP=([0-9a-f]{16})", told)]
+
+    def let_panic(self) -> None:
+        """From here on a kernel that panics goes on, and may write its dump. Raises ``TargetError``."""
+        self._resets_allowed = self.resets + _RESETS_WHILE_BOOTING
+        self.monitor("set-action", panic="none")
+
+    def xml(self) -> str:
+        """What libvirt runs, without what it keeps secret. Raises ``TargetError``."""
+        return str(call(self._domain().XMLDesc, 0))
+
+    def log(self) -> str:
+        """What libvirt and QEMU wrote of it, as far as we may read that; "" for nothing."""
+        try:
+            return self._hypervisor.log_of(self.spec.name).read_text(errors="replace")
+        except OSError:
+            return ""
 
     def press(self, key: int) -> None:
         """Press a key of the keyboard; its number is Linux' (``linux/input-event-codes.h``)."""
@@ -369,7 +412,8 @@ class Domain:
         if event == "STOP":
             self._hypervisor.defer(self._check_status)
         elif event == "GUEST_PANICKED":
-            self._note(f"its kernel panicked{_panic(told.get('info'))}")
+            self.panic = self.panic or _panic(told.get("info"))
+            self._note(_panic_words(self.panic))
         elif event == "SHUTDOWN" and told.get("guest"):
             self._note("the guest shut itself down")
         elif event == "BLOCK_IO_ERROR" and told.get("action") == "stop":
@@ -530,9 +574,29 @@ def _is_gone(error: TargetError) -> bool:
     }
 
 
-def _panic(info: dict[str, Any] | None) -> str:
+def _panic(info: dict[str, Any] | None) -> tuple[int, ...] | None:
     """What the panic device says: on Windows the bug check and its parameters."""
     if not info or info.get("type") != "hyper-v":
-        return ""
-    code, *parameters = (int(info.get(f"arg{n}", 0)) for n in range(1, 6))
-    return f": bug check {code:#x} ({', '.join(f'{p:#x}' for p in parameters)})"
+        return None
+    return tuple(int(info.get(f"arg{n}", 0)) for n in range(1, 6))
+
+
+_LOGGED_PANIC: Final = re.compile(
+    r"panic hyper-v: "
+    + ", ".join(rf"arg{n}='(0x[0-9a-f]{{1,16}}|\d{{1,20}})'" for n in range(1, 6))
+)
+
+
+def logged_panic(log: str) -> tuple[int, ...] | None:
+    """The last bug check that libvirt wrote into a domain's log; None where it wrote none."""
+    found = _LOGGED_PANIC.findall(log)
+    return tuple(int(value, 0) for value in found[-1]) if found else None
+
+
+def _panic_words(panic: tuple[int, ...] | None) -> str:
+    if panic is None:
+        return "its kernel panicked"
+    code, *parameters = panic
+    return (
+        f"its kernel panicked: bug check 0x{code:X} ({', '.join(f'0x{p:X}' for p in parameters)})"
+    )

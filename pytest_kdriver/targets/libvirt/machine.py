@@ -22,10 +22,14 @@ from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.links.serial import PORT_GONE
 from pytest_kdriver.image.preflight import Report, preflight
+from pytest_kdriver.kernel.bugcheck import describe
+from pytest_kdriver.kernel.events import BugCheck, ProcessorState
 from pytest_kdriver.kernel.log import KernelLog
+from pytest_kdriver.kernel.sources.text import SerialText
 from pytest_kdriver.kernel.sources.wine import WineTrace
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets.disk_images import Phase, ensure
+from pytest_kdriver.targets.kd_pump import KdPump, SerialPump
 from pytest_kdriver.targets.leftovers import DOMAIN, SOCKETS
 from pytest_kdriver.targets.libvirt.accelerator import find_accelerator, remember_failure
 from pytest_kdriver.targets.libvirt.address import (
@@ -43,7 +47,7 @@ from pytest_kdriver.targets.libvirt.enlightenments import Enlightenments, find_e
 from pytest_kdriver.targets.libvirt.kept import KeptVm
 from pytest_kdriver.targets.libvirt.leftovers import domain_resource
 from pytest_kdriver.targets.libvirt.warm_start import WarmStart
-from pytest_kdriver.targets.machine import Guest
+from pytest_kdriver.targets.machine import Guest, WatchedLog
 from pytest_kdriver.targets.port_pump import PortPump
 from pytest_kdriver.targets.prefix import MORE_ROOM
 from pytest_kdriver.targets.recipe import find_recipe
@@ -51,7 +55,12 @@ from pytest_kdriver.targets.runs import Run, remove_tree
 from pytest_kdriver.vm_config import vm_config
 
 _ALWAYS: Final = frozenset({"snapshots", "programs"})
-_SEEN: Final = frozenset({"kernel-log", "pool", "crashes"})
+_SEEN: Final = {
+    "wine-trace": frozenset({"kernel-log", "pool", "crashes"}),
+    "kd": frozenset({"kernel-log", "crashes"}),
+    "text": frozenset({"kernel-log", "crashes"}),
+    "none": frozenset[str](),
+}
 """What a kernel log gives."""
 
 SNAPSHOT: Final = "kdriver-first"
@@ -60,6 +69,9 @@ ATTEMPT: Final = 5.0
 guest still runs."""
 
 RESUME_TIMEOUT: Final = 30.0
+BREAK_IN_TIMEOUT: Final = 5.0
+"""Seconds for a kernel to tell its debugger where its processors are."""
+
 STOP_TIMEOUT: Final = 3.0
 """Seconds between the end of QEMU and libvirt's word that it ended."""
 
@@ -86,7 +98,9 @@ class LibvirtMachine:
         self._where = f"targets.{config.name}"
         defaults = self._recipe.target if self._recipe is not None else {}
         self._config = vm_config(defaults, config.vm, where=self._where)
-        seen = _SEEN if self._config.kernel_log != "none" else frozenset[str]()
+        seen = _SEEN[self._config.kernel_log]
+        if self._config.enlightenments:
+            seen |= {"crashes"}  # Windows tells them the panic device
         self.capabilities = (_ALWAYS | seen) - config.without
         self._hypervisor: Hypervisor | None = None
         self.base: BaseDisk | None = None
@@ -221,7 +235,7 @@ class LibvirtMachine:
         if config.tcp_port is None:
             ports.append((str(config.agent_port), sockets / "agent"))
         if config.kernel_log != "none":
-            ports.append((config.kernel_log_port, sockets / "trace"))
+            ports.append((config.log_port, sockets / "trace"))
         accelerator = find_accelerator(hypervisor.emulator, hypervisor.owner)
         enlightenments = Enlightenments()
         if config.enlightenments:
@@ -260,21 +274,37 @@ class LibvirtMachine:
         self._dropped = dropped
 
     def _bring_up(self, vm: _Vm, log: KernelLog) -> Guest:
+        vm.log = log
         vm.domain.define()
         deadline = time.monotonic() + self._config.boot_timeout
         if vm.is_warm:
-            vm.domain.start_from(SNAPSHOT)
+            vm.domain.start_from(SNAPSHOT, before_it_runs=lambda: self._open_feed(vm, log))
             deadline = time.monotonic() + RESUME_TIMEOUT
         else:
-            vm.domain.start()
-        feed = None
-        if self._config.kernel_log != "none":
-            vm.pump = feed = PortPump(vm.sockets / "trace", WineTrace, log, self._target)
+            vm.domain.start_held(lambda: self._open_feed(vm, log))
         agent = vm.agent = self._reach_agent(vm, deadline)
-        if feed is not None:
-            feed.begin(max(deadline - time.monotonic(), ATTEMPT))
+        self._begin_feed(vm, max(deadline - time.monotonic(), ATTEMPT))
         set_clock(agent)
-        return Guest(agent, feed)
+        return Guest(agent, vm.pump)
+
+    def _open_feed(self, vm: _Vm, log: KernelLog) -> None:
+        """Have the kernel log's port read. A kernel that has a debugger waits for it from the first."""
+        path, kind = vm.sockets / "trace", self._config.kernel_log
+        if kind == "wine-trace":
+            vm.pump = PortPump(path, WineTrace, log, self._target)
+        elif kind == "kd":
+            vm.pump = KdPump(path, WatchedLog(log, vm.note_bug_check), self._target)
+        elif kind == "text":
+            watched = WatchedLog(log, vm.note_bug_check)
+            vm.pump = SerialPump(path, SerialText(), watched, self._target)
+
+    @staticmethod
+    def _begin_feed(vm: _Vm, timeout: float) -> None:
+        """Have the log tell what is said from here on, in a guest that is up."""
+        if vm.pump is not None:
+            vm.pump.begin(timeout)
+        if isinstance(vm.pump, KdPump):
+            vm.pump.end_of_boot()
 
     def _reach_agent(self, vm: _Vm, deadline: float) -> Agent:
         """Have the agent's answer, or say at once why there won't be one.
@@ -290,10 +320,8 @@ class LibvirtMachine:
             except NotLetInError:
                 raise
             except (LinkError, TimeoutError) as error:
-                if vm.domain.stopped is not None:
-                    raise TargetError(
-                        f"the guest stopped while it booted: {vm.domain.stopped}"
-                    ) from error
+                if (stopped := vm.bug_check or vm.domain.stopped) is not None:
+                    raise TargetError(f"the guest stopped while it booted: {stopped}") from error
                 if time.monotonic() >= deadline:
                     raise TargetError(
                         f"the agent did not answer within {self._config.boot_timeout:g} s ({error}); "
@@ -356,6 +384,8 @@ class LibvirtMachine:
         if self._config.tcp_port is not None:
             guest.agent.close()
         vm.domain.snapshot_load(SNAPSHOT)
+        vm.bug_check = None
+        vm.broke_down.clear()
         agent = guest.agent
         if agent.closed or vm.method == "libvirt":  # whose revert starts QEMU anew
             agent.close()
@@ -364,13 +394,12 @@ class LibvirtMachine:
             agent.resume(timeout=RESUME_TIMEOUT)
         vm.agent = agent
         set_clock(agent)
-        feed = vm.pump
-        if feed is not None:
-            if vm.method == "libvirt" or not feed.alive:
-                feed.close()
-                vm.pump = feed = PortPump(vm.sockets / "trace", WineTrace, log, self._target)
-            feed.begin(RESUME_TIMEOUT)
-        return Guest(agent, feed)
+        if vm.pump is not None:
+            if vm.method == "libvirt" or not vm.pump.alive:
+                vm.pump.close()
+                self._open_feed(vm, log)
+            self._begin_feed(vm, RESUME_TIMEOUT)
+        return Guest(agent, vm.pump)
 
     def failure(self) -> str | None:
         """See ``Machine``. Where a port is gone, libvirt's word on why is waited for."""
@@ -379,7 +408,7 @@ class LibvirtMachine:
             return None
         if vm.domain.stopped is None and vm.lost_a_port:
             vm.stopped.wait(STOP_TIMEOUT)
-        stopped = vm.domain.stopped
+        stopped = vm.bug_check or vm.domain.stopped
         return f"the guest stopped: {stopped}" if stopped is not None else None
 
     def keep(self, guest: Guest) -> str | None:  # noqa: ARG002
@@ -430,8 +459,36 @@ class LibvirtMachine:
         return f"kdriver image remove {name}, then {again}"
 
     def catch_up(self, guest: Guest) -> bool:  # noqa: ARG002
-        """See ``Machine``. The log comes by a port of its own, which is no faster than the agent's."""
-        return False
+        """See ``Machine``.
+
+        A kernel that prints waits for its debugger, or has written all of the text to QEMU's port. The trace
+        comes by a port of its own, which is no faster than the agent's.
+        """
+        pump = self._running().pump
+        if not isinstance(pump, SerialPump):
+            return False
+        pump.catch_up()
+        return True
+
+    def examine_hang(self, guest: Guest) -> None:  # noqa: ARG002
+        """See ``Machine``.
+
+        A kernel that does not hear its debugger takes an NMI, of which it dies; without a debugger QEMU knows
+        the processors' registers, and no more.
+        """
+        vm = self._running()
+        if isinstance(vm.pump, KdPump):
+            try:
+                vm.pump.break_in(BREAK_IN_TIMEOUT)
+            except TimeoutError:
+                vm.domain.interrupt()
+                vm.broke_down.wait(BREAK_IN_TIMEOUT)
+        elif vm.log is not None:
+            now = time.monotonic()
+            places = vm.domain.instruction_pointers()
+            vm.log.append(
+                [ProcessorState(now, None, number, place) for number, place in enumerate(places)]
+            )
 
     def preflight(self, image: Path) -> Report:
         """See ``Machine``. The guest's kernel is not looked into."""
@@ -480,7 +537,11 @@ class _Vm:
         self.folder = folder
         self.sockets = sockets
         self.agent: Agent | None = None
-        self.pump: PortPump | None = None
+        self.pump: PortPump | SerialPump | None = None
+        self.log: KernelLog | None = None
+        self.broke_down = threading.Event()
+        self.bug_check: str | None = None
+        """What ended the kernel, as its debugger tells it; QEMU goes on."""
         self.method: SnapshotMethod | None = None
         self.stopped = threading.Event()
         self.warm_start: WarmStart | None = None
@@ -503,10 +564,24 @@ class _Vm:
             return False
         return True
 
+    def note_bug_check(self, event: BugCheck) -> None:
+        """The kernel stopped; it waits for its debugger, and the agent will never answer."""
+        self.bug_check = describe(event)
+        self.broke_down.set()
+        self._give_up_agent()
+
     def _on_stop(self, _reason: str) -> None:
         """Have all that waits for the agent's answer fail now."""
         self.note_kvm_failure()
+        panic = self.domain.panic
+        if panic is not None and self.log is not None and self.bug_check is None:
+            event = BugCheck(time.monotonic(), None, panic[0], panic[1:])
+            self.bug_check = describe(event)
+            self.log.append([event])
         self.stopped.set()
+        self._give_up_agent()
+
+    def _give_up_agent(self) -> None:
         agent = self.agent
         if agent is not None:  # whose end may take a moment, and the caller must not wait
             threading.Thread(target=agent.close, name="kdriver-vm-stopped", daemon=True).start()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -35,7 +36,12 @@ from pytest_kdriver.targets.windows.passwords import (
 )
 from pytest_kdriver.targets.windows.provisioning import needed_drivers, read_drivers, write_cd
 from pytest_kdriver.targets.windows.scrubbing import scrub_disk, scrub_guest
-from pytest_kdriver.targets.windows.settings import Wanted, make_settings, read_settings
+from pytest_kdriver.targets.windows.settings import (
+    Wanted,
+    make_settings,
+    read_settings,
+    switch_debugger_on,
+)
 from pytest_kdriver.vm_config import DEFAULT_URI, VmConfig, vm_config
 
 CERTIFICATE: Final = "winrm.pem"
@@ -163,9 +169,13 @@ def _install(
 
 
 def set_up(installation: Installation, wanted: Wanted, secrets: Secrets) -> None:
-    """Set a Windows up that is installed, see that all is in force behind a restart, and remove secrets."""
+    """Set a Windows up that is installed, see that all is in force behind a restart, and remove secrets.
+
+    At the next start its kernel waits for a debugger.
+    """
     installation.phase("setting it up")
-    _make_settings(installation.agent, wanted)
+    with _told_of() as note:
+        make_settings(installation.agent, wanted, note)
     installation.phase("restarting it")
     agent = installation.restart()
     off = [reading for reading in read_settings(agent, wanted) if not reading.in_force]
@@ -174,9 +184,15 @@ def set_up(installation: Installation, wanted: Wanted, secrets: Secrets) -> None
         raise TargetError(f"not in force behind a restart: {told}")
     installation.phase("removing what Setup kept of the password")
     scrub_guest(agent, secrets, installation.phase)
+    installation.phase("switching its kernel's debugger on")
+    with _told_of() as note:
+        note("kernel debugger")
+        switch_debugger_on(agent)
 
 
-def _make_settings(agent: Agent, wanted: Wanted) -> None:
+@contextmanager
+def _told_of() -> Iterator[Callable[[str], None]]:
+    """Have what goes wrong name the setting that was noted last."""
     name = ""
 
     def note(setting: str) -> None:
@@ -184,7 +200,7 @@ def _make_settings(agent: Agent, wanted: Wanted) -> None:
         name = setting
 
     try:
-        make_settings(agent, wanted, note)
+        yield note
     except AgentError as error:
         raise TargetError(f"{name} can't be set: {error}") from error
 

@@ -171,8 +171,5 @@ class Boot:
             name=self.name,
             wanted=_told((element.name, element.data) for element in self.elements),
             found=_told((element.name, data) for element, data in found),
-            in_force=all(
-                element.data == data or (data is None and element.or_absent)
-                for element, data in found
-            ),
+            in_force=all(element.data == data for element, data in found),
         )

@@ -18,7 +18,7 @@ from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.target import CallTimeout, NoUnload
 from pytest_kdriver.targets.windows import trials
 from pytest_kdriver.targets.windows.answer_file import AGENT_SERVICE
-from pytest_kdriver.targets.windows.settings import Wanted, settings
+from pytest_kdriver.targets.windows.settings import DEBUGGER, Wanted, settings
 from pytest_kdriver.targets.windows.trials import (
     Outcome,
     Trial,
@@ -441,7 +441,7 @@ _SETTINGS: Final = tuple(
         how="reading it, where it was made",
         trial=trials.reads_back(setting.name),
     )
-    for setting in settings(Wanted(agent_service=AGENT_SERVICE))
+    for setting in (*settings(Wanted(agent_service=AGENT_SERVICE)), DEBUGGER)
 )
 
 _ASSERTED: Final = tuple(

@@ -73,12 +73,22 @@ def make_settings(agent: Agent, wanted: Wanted, progress: Callable[[str], None])
     """
     for setting in settings(wanted):
         progress(setting.name)
-        setting.make(agent)
-        reading = setting.read(agent)
-        if not reading.in_force:
-            raise TargetError(
-                f"{reading.name} was set to {reading.wanted}, and reads {reading.found}"
-            )
+        _make(agent, setting)
+
+
+def switch_debugger_on(agent: Agent) -> None:
+    """Have the next start of the guest, and all behind it, wait for a debugger: from then on there has to be one.
+
+    Raises as ``make_settings``.
+    """
+    _make(agent, DEBUGGER)
+
+
+def _make(agent: Agent, setting: Setting) -> None:
+    setting.make(agent)
+    reading = setting.read(agent)
+    if not reading.in_force:
+        raise TargetError(f"{reading.name} was set to {reading.wanted}, and reads {reading.found}")
 
 
 def read_settings(agent: Agent, wanted: Wanted) -> list[Reading]:
@@ -151,6 +161,11 @@ def _set_boot(name: str, option: str, told: str, element: Element) -> Boot:
     return Boot(name, (("/set", element.of, option, told),), (element,))
 
 
+DEBUGGER: Final = _set_boot(
+    "kernel debugger", "debug", "on", Element("{default}", 0x260000A0, "debug", 1)
+)
+
+
 def _agent_service(service: str) -> Values:
     key = f"{SERVICES}\\{service}"
     restart = (1).to_bytes(4, "little") + (1000).to_bytes(4, "little")
@@ -199,12 +214,6 @@ def settings(wanted: Wanted) -> tuple[Setting, ...]:
                 Element(DEBUGGER_SETTINGS, 0x15000013, "port", 1),
                 Element(DEBUGGER_SETTINGS, 0x15000014, "baud rate", 115200),
             ),
-        ),
-        _set_boot(
-            "kernel debugger off",
-            "debug",
-            "off",
-            Element(boot, 0x260000A0, "debug", 0, or_absent=True),
         ),
         _one("signatures beside a debugger", f"{CONTROL}\\CI", "DebugFlags", 0x10),
         _one(

@@ -39,7 +39,7 @@ from pytest_kdriver.targets.windows.kinds import (
     Setting,
     shown,
 )
-from pytest_kdriver.targets.windows.settings import Wanted, settings
+from pytest_kdriver.targets.windows.settings import DEBUGGER, Wanted, settings
 from pytest_kdriver.win32error import Win32Error
 
 SERVICE: Final = "kdriver-self-test"
@@ -450,7 +450,7 @@ def reads_back(name: str) -> Trial:
 def _setting(agent: Agent, name: str) -> Setting:
     hvci = agent.get_value(INTEGRITY, "Enabled") == 1
     wanted = Wanted(agent_service=AGENT_SERVICE, hvci=hvci)
-    return next(setting for setting in settings(wanted) if setting.name == name)
+    return next(s for s in (*settings(wanted), DEBUGGER) if s.name == name)
 
 
 # --- the framework ------------------------------------------------------------------------------------
