@@ -63,6 +63,14 @@ class Sink(Protocol):
         ...
 
 
+class SerialSource(Source, Protocol):
+    """A source of what a kernel says on a serial port."""
+
+    def attach(self, now: float) -> None:
+        """Begin to meet a guest that runs already, or was put back to a snapshot."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Lag:
     """How long the guest waited for us, in seconds: from its bytes in the socket to our answer's.
@@ -103,7 +111,13 @@ class SerialPump:
     """See ``LogFeed``."""
 
     def __init__(
-        self, address: Path | str, source: Source, log: Sink, name: str, *, timeout: float = 0.0
+        self,
+        address: Path | str,
+        source: SerialSource,
+        log: Sink,
+        name: str,
+        *,
+        timeout: float = 0.0,
     ) -> None:
         self._address = f"unix:{address}" if isinstance(address, Path) else address
         self._source = source
@@ -133,12 +147,16 @@ class SerialPump:
         """How long the guest waited for us so far."""
         return Lag(self._longest, self._waited / max(self._answers, 1), self._answers)
 
+    def attach(self) -> None:
+        """Begin to meet the guest, and wait for no answer. Raises ``LinkError``."""
+        self._ask(self._attach)
+
     def begin(self, timeout: float) -> None:
         """Have the log follow the guest from here on: one that runs already, or was put back to a snapshot.
 
         Raises ``LinkError`` where the port is gone, ``TimeoutError`` where the guest does not answer.
         """
-        self._ask(self._begin, timeout)
+        self._ask(self._attach, timeout)
 
     def catch_up(self) -> None:
         """Have the log hold what the guest said before this call; of a KD kernel, what was answered."""
@@ -305,7 +323,8 @@ class SerialPump:
             task = self._asked.popleft()
             self._read_all()
             now = time.monotonic()
-            task.begin(now)
+            if self._connection is not None or not task.needs_port:
+                task.begin(now)
             self._tasks.append(task)
             self._feed(b"", now, now)
 
@@ -319,10 +338,9 @@ class SerialPump:
                 task.over.set()
         self._tasks = [task for task in self._tasks if not task.over.is_set()]
 
-    def _begin(self, now: float) -> None:  # noqa: ARG002 -- as KD's, which counts from there
-        if self._connection is not None:
-            self.failure = None
-            self._unsent = b""
+    def _attach(self, now: float) -> None:
+        self.failure = None
+        self._source.attach(now)
 
     def _adopt(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -386,14 +404,10 @@ class KdPump(SerialPump):
         """Whether the kernel and we agree on where we are, so that it can be asked things."""
         return self._session.attached
 
-    def attach(self) -> None:
-        """Begin to meet the kernel, and do not wait until it is ``attached``."""
-        self._ask(self._begin)
-
     def begin(self, timeout: float) -> None:
         """Meet the kernel; see ``SerialPump``."""
         self._ask(
-            self._begin,
+            self._attach,
             timeout,
             is_done=lambda _: self._session.attached,
             told=lambda: f"no kernel answered its debugger within {timeout:g} s: {self._why()}",
@@ -427,10 +441,6 @@ class KdPump(SerialPump):
     def go_on(self) -> None:
         """Let a kernel that is held behind a bug check write its dump and reboot."""
         self._ask(self._session.go_on)
-
-    def _begin(self, now: float) -> None:
-        super()._begin(now)
-        self._session.attach(now)
 
     def _why(self) -> str:
         if self._session.state is KdState.SILENT:

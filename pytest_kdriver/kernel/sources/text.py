@@ -112,6 +112,15 @@ class SerialText:
         self._add(last, now, events)
         return events
 
+    def attach(self, now: float) -> None:  # noqa: ARG002 -- as the KD session's, which counts from there
+        """Take up a guest that was put back to a snapshot: what was half told is void, images stay."""
+        self._line.clear()
+        self._told = 0
+        self._whole = True
+        self._since = None
+        self._bug_check = None
+        self._answers.clear()
+
     def data_to_send(self) -> bytes:
         """The answers to prompts."""
         answers = bytes(self._answers)
