@@ -634,7 +634,7 @@ class Driver:
         crash = locate_crash(crash, self._window, self.service, self._load_symbols)
         return self._tell(
             DriverCrashed(
-                crash.description,
+                "\n".join((crash.description, *(f"    {line}" for line in crash.details))),
                 code=crash.code,
                 parameters=crash.parameters,
                 address=crash.address,

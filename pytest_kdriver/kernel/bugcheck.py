@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from pytest_kdriver.kernel.bug_checks import name_of
 from pytest_kdriver.kernel.caller import Caller, Callers
@@ -16,7 +17,7 @@ from pytest_kdriver.kernel.events import (
     ProcessDied,
     UnhandledException,
 )
-from pytest_kdriver.kernel.images import Images, has
+from pytest_kdriver.kernel.images import Images, Modules, has
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.symbolizer import LoadSymbols
 from pytest_kdriver.ntstatus import NTSTATUS
@@ -32,12 +33,22 @@ _PANIC = re.compile(r"panicked at (.+:\d+:\d+)")
 """What the framework's panic handler prints before its bug check; std's words."""
 
 
+_INSTRUCTION: Final = {
+    **dict.fromkeys((0x1E, 0x3B, 0x7E, 0x8E, 0x1000007E, 0x1000008E), 1),
+    **dict.fromkeys((0x50, 0xCC, 0xCD, 0xCE, 0xD5, 0xD6), 2),
+    **dict.fromkeys((0xA, 0xC5, 0xD1), 3),
+}
+"""Which parameter of a bug check is the address of the instruction at fault, by Microsoft's bug check
+reference."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crash:
     """What a crash comes down to. ``position`` is the event's in the log.
 
     ``address`` is where it was, as the guest tells it: for a call, of KeBugCheckEx too, the address that it
-    would have returned to. ``instruction`` is an address in the instruction itself.
+    would have returned to. ``instruction`` is an address in the instruction itself. ``stack`` has return
+    addresses, innermost first. ``details`` are lines that say more than ``description``.
     """
 
     position: int
@@ -46,6 +57,9 @@ class Crash:
     address: int | None
     instruction: int | None
     description: str
+    blamed: str | None = None
+    stack: tuple[int, ...] = ()
+    details: tuple[str, ...] = ()
 
 
 def is_crash(event: object, driver: str) -> bool:
@@ -59,7 +73,7 @@ def find_crash(window: Window, driver: str, start: int | None = None) -> Crash |
     """The first crash of ``driver`` from log position ``start`` on.
 
     The death of a process alone says little: what was said right after it, or of it by a sender that
-    nobody knows, is looked for as well.
+    nobody knows, is looked for as well. An exception that ended the guest is told by its bug check.
     """
     death: Crash | None = None
     for position, event in window.numbered(start, _CRASH_EVENTS):
@@ -72,28 +86,71 @@ def find_crash(window: Window, driver: str, start: int | None = None) -> Crash |
         if isinstance(event, ProcessDied):
             death = death or crash
         elif not anonymous or death is not None:
-            return crash
+            is_exception = isinstance(event, UnhandledException)
+            return (_bug_check_of(crash, window) if is_exception else None) or crash
     return death
+
+
+def _bug_check_of(exception: Crash, window: Window) -> Crash | None:
+    """The guest's bug check behind an exception, which knows where that was."""
+    for position, event in window.numbered(exception.position, (BugCheck,)):
+        if isinstance(event, BugCheck) and event.driver is None:
+            crash = _crash(position, event)
+            if crash.address is None:
+                crash = replace(crash, address=exception.address, instruction=exception.instruction)
+            return crash
+    return None
 
 
 def locate_crash(crash: Crash, window: Window, driver: str, load_symbols: LoadSymbols) -> Crash:
     """``crash``, with the place in the source of ``driver`` in its description, where that is known.
 
     That is the first frame at its address in the driver's own source, inlined functions counted; for a
-    panic, which bug-checks in the framework, what it printed. ``window`` is one with the load in it.
+    panic, which bug-checks in the framework, what it printed. Where the kernel itself was at that address,
+    it is the innermost return address in the driver. ``window`` is one with the load in it.
     """
+    where = Modules(window.log, crash.position).where
     image = Images(window, driver).at(crash.position)
-    if crash.address is None or crash.instruction is None:
-        return crash
-    if image is None or not has(image, crash.address):
-        return crash
-    frames = Callers(load_symbols).frames(image, crash.address, crash.instruction)
-    place = Caller(tuple(frames))
-    where = None if place.own_frames else _panic(crash, window, driver)
-    if where is None:
+    callers = Callers(load_symbols)
+
+    def place_of(address: int, instruction: int) -> Caller | None:
+        if image is None or not has(image, address):
+            return None
+        return Caller(tuple(callers.frames(image, address, instruction)))
+
+    place = None
+    if crash.address is not None and crash.instruction is not None:
+        place = place_of(crash.address, crash.instruction)
+    called = [(address, place_of(address, address - 1)) for address in crash.stack]
+    details = _details(crash, where, called)
+    through = "at"
+    if place is None:
+        through = "called from"
+        place = next((caller for _, caller in called if caller is not None), None)
+    if place is None:
+        return replace(crash, details=details)
+    told = None if place.own_frames else _panic(crash, window, driver)
+    if told is None:
         problem = load_symbols().problem
-        where = f"at {place}" + (f"; no file and line: {problem}" if problem else "")
-    return replace(crash, description=f"{crash.description}, {where}")
+        told = f"{through} {place}" + (f"; no file and line: {problem}" if problem else "")
+    return replace(crash, description=f"{crash.description}, {told}", details=details)
+
+
+def _details(
+    crash: Crash,
+    where: Callable[[int], str | None],
+    called: Sequence[tuple[int, Caller | None]],
+) -> tuple[str, ...]:
+    """What a bug check's parameters mean, whom the kernel blames, and the stack, line by line."""
+    lines: list[str] = []
+    if crash.blamed is not None:
+        lines.append(f"the kernel blames {crash.blamed}")
+    if called:
+        lines.append("stack:")
+    for address, caller in called:
+        at = where(address) or f"0x{address:X}"
+        lines.append(f"    {at}" + (f"  {caller}" if caller is not None else ""))
+    return tuple(lines)
 
 
 def _panic(crash: Crash, window: Window, driver: str) -> str | None:
@@ -115,6 +172,9 @@ def _crash(position: int, event: CrashEvent) -> Crash:
         case BugCheck():
             code, parameters, address = event.code, event.parameters, event.caller
             instruction = address - 1 if address is not None else None
+            at = _INSTRUCTION.get(code)
+            if address is None and at is not None and len(parameters) > at:
+                address = instruction = parameters[at]
         case Breakpoint():
             code, address, instruction = event.code, event.address, event.address
         case UnhandledException():
@@ -131,6 +191,8 @@ def _crash(position: int, event: CrashEvent) -> Crash:
         address=address,
         instruction=instruction,
         description=describe(event),
+        blamed=event.blamed if isinstance(event, BugCheck) else None,
+        stack=event.stack if isinstance(event, BugCheck) else (),
     )
 
 
