@@ -1,6 +1,6 @@
 """Names of bug checks, by their codes.
 
-Names and values: those of bugcodes.h as Microsoft's windows-sys 0.59 gives them (BUGCHECK_ERROR), without its
+Names and values: those of bugcodes.h as Microsoft's windows-sys 0.61 gives them (BUGCHECK_ERROR), without its
 texts, which are no bug checks; 0x71, 0xAD, 0x10F, 0xC0000218 and 0xC0000221, which it lacks, from Microsoft's
 Bug Check Code Reference.
 """
