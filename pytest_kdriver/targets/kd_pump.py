@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import fcntl
+import math
 import select
 import socket
 import termios
@@ -195,21 +196,19 @@ class SerialPump:
         *,
         is_done: Callable[[Sequence[Event]], bool] = lambda _: True,
         needs_port: bool = True,
-        told: Callable[[], str] = lambda: "the serial port is not served",
+        told: Callable[[], str] = lambda: "the guest did not answer",
     ) -> None:
         """Have the pump's thread do ``begin``; wait until ``is_done``, which sees each batch of events."""
         task = _Task(begin, is_done, needs_port)
         self._asked.append(task)
-        with suppress(OSError):  # it is closed, or awake
+        with suppress(OSError):  # it is closed, or about to wake anyway
             self._wake.send(b"!", socket.MSG_DONTWAIT)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         try:
-            while not task.over.wait(
-                LOOK if deadline is None else max(min(deadline - time.monotonic(), LOOK), 0)
-            ):
+            while not task.over.wait(max(min(deadline - time.monotonic(), LOOK), 0.0)):
                 if not self._thread.is_alive():
-                    raise LinkError("the serial port's pump is closed")
-                if deadline is not None and time.monotonic() >= deadline:
+                    raise LinkError("the serial port is not served any more")
+                if time.monotonic() >= deadline:
                     raise TimeoutError(told())
         finally:
             task.over.set()
@@ -219,6 +218,15 @@ class SerialPump:
     # for its own thread
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._drop()
+
+    def _serve(self) -> None:
         looked = time.monotonic()
         closing: float | None = None
         while closing is None or not self._may_close(closing):
@@ -247,7 +255,6 @@ class SerialPump:
                     self._read_all()
                     closing = now
                 self._take_up_tasks()
-        self._drop()
 
     def _feed(self, data: bytes, now: float, since: float) -> None:
         """Have the source take ``data``, which came at ``since`` or later; answer, then think."""
