@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -128,6 +129,12 @@ class NtMachine:
     def examine_hang(self, guest: Guest) -> None:
         assert self.pump is not None
         self.pump.break_in(BREAK_IN_TIMEOUT)
+
+    def evidence(self) -> dict[str, Callable[[Path], None]]:
+        return {}
+
+    def let_dump(self, guest: Guest) -> Guest | None:
+        return None
 
     def preflight(self, image: Path) -> Report:
         return preflight(image, None, guest="windows")

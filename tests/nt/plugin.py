@@ -20,10 +20,12 @@ _make_target = kdriver_session.make_target
 _machines: list[NtMachine] = []
 
 
-def make_target(config: TargetConfig, *, artifacts: Path | None = None) -> Target:
+def make_target(
+    config: TargetConfig, *, artifacts: Path | None = None, dumps: bool = False
+) -> Target:
     """As ``session.make_target``, which knows only kinds that a config may have."""
     if not config.name.startswith("nt"):
-        return _make_target(config, artifacts=artifacts)
+        return _make_target(config, artifacts=artifacts, dumps=dumps)
     machine = NtMachine(config.name)
     _machines.append(machine)
     return MachineTarget(config.name, machine, artifacts=artifacts)

@@ -361,6 +361,12 @@ class FakeMachine:
     def examine_hang(self, guest: Guest) -> None:
         pass
 
+    def evidence(self) -> dict[str, Callable[[Path], None]]:
+        return {}
+
+    def let_dump(self, guest: Guest) -> Guest | None:
+        return None
+
     def preflight(self, image: Path) -> Report:
         raise NotImplementedError
 
