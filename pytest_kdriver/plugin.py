@@ -57,7 +57,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--kdriver-artifacts",
         metavar="DIR",
-        help="keep here what is seen of failed tests: the kernel log as text",
+        help="keep here what is seen of failed tests: the kernel log, and of a virtual machine its screen, "
+        "its domain's XML and log",
+    )
+    group.addoption(
+        "--kdriver-dumps",
+        action="store_true",
+        help="let a Windows that crashes write its minidump and start again, and keep it with the artifacts",
     )
     group.addoption(
         "--kdriver-keep",
@@ -143,8 +149,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.fail(item.stash[_REFUSED], pytrace=False)
     if "kdriver_target" not in getattr(item, "fixturenames", ()):
         return
-    callspec = getattr(item, "callspec", None)
-    name = callspec.params.get("kdriver_target") if callspec is not None else None
+    name = _target_of(item)
     if name is None:
         pytest.skip(_HOW_TO_RUN)
     session = _session(item.config)
@@ -274,7 +279,9 @@ def _session(config: pytest.Config) -> Session:
             settings = load_config(find_root(config.rootpath))
             artifacts = config.option.kdriver_artifacts
             config.stash[_SESSION] = Session(
-                settings, artifacts=Path(artifacts).absolute() if artifacts else None
+                settings,
+                artifacts=Path(artifacts).absolute() if artifacts else None,
+                dumps=config.option.kdriver_dumps,
             )
     return config.stash[_SESSION]
 
@@ -286,6 +293,12 @@ def _chosen(config: pytest.Config) -> Sequence[str]:
     for name in names:
         settings.target(name)
     return names
+
+
+def _target_of(item: pytest.Item) -> str | None:
+    """The name of the item's target; None for a test that needs none, and where none was chosen."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("kdriver_target") if callspec is not None else None
 
 
 def _merge_marks(item: pytest.Item) -> DriverMark | None:
@@ -353,23 +366,29 @@ def _tell(item: pytest.Item, report: pytest.TestReport) -> None:
     session = item.config.stash.get(_SESSION, None)
     if session is None or not session.current.drivers:
         return
-    from pytest_kdriver.report.artifacts import keep
+    from pytest_kdriver.report.artifacts import keep, keep_kernel_log
     from pytest_kdriver.report.sections import sections
 
     told = sections(session.current.drivers)
     report.sections += told
-    if session.artifacts is not None:
-        try:
-            keep(session.artifacts, f"{item.nodeid}.{report.when}", told)
-        except OSError as error:
-            report.sections.append(("Artifacts", f"could not be written: {error}"))
+    if session.artifacts is None:
+        return
+    try:
+        stem = keep(session.artifacts, f"{item.nodeid}.{report.when}", told)
+        keep_kernel_log(stem, session.current.drivers)
+    except OSError as error:
+        report.sections.append(("Artifacts", f"could not be written: {error}"))
+        return
+    name = _target_of(item)
+    missing = session.collect(name, stem) if name is not None else []
+    if missing:
+        report.sections.append(("Artifacts", "could not be had:\n" + "\n".join(missing)))
 
 
 def _keep(item: pytest.Item, report: pytest.TestReport) -> None:
     """Keep the target's guest behind a failed test, once its fixtures are done."""
     session = item.config.stash.get(_SESSION, None)
-    callspec = getattr(item, "callspec", None)
-    name = callspec.params.get("kdriver_target") if callspec is not None else None
+    name = _target_of(item)
     if session is None or name is None:
         return
     if report.failed:

@@ -18,12 +18,18 @@ from pytest_kdriver.targets.wine import WineTarget
 class Session:
     """The targets of a run, by name. ``artifacts`` is the folder for what failed tests leave.
 
-    Raises ``ConfigError`` where that can't be a folder.
+    With ``dumps`` there are the minidumps of kernels that crashed, too. Raises ``ConfigError`` where that
+    can't be a folder, or dumps have none.
     """
 
-    def __init__(self, config: Config, *, artifacts: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, *, artifacts: Path | None = None, dumps: bool = False
+    ) -> None:
         self.config = config
         self.artifacts = artifacts or config.artifacts
+        self.dumps = dumps
+        if dumps and self.artifacts is None:
+            raise ConfigError("dumps need a folder: give --kdriver-artifacts DIR, too")
         if self.artifacts is not None:
             try:
                 self.artifacts.mkdir(parents=True, exist_ok=True)
@@ -42,7 +48,9 @@ class Session:
     def target(self, name: str) -> Target:
         """The target called ``name``, which need not be started yet. Raises ``KdriverError``."""
         if name not in self._targets:
-            self._targets[name] = make_target(self.config.target(name), artifacts=self.artifacts)
+            self._targets[name] = make_target(
+                self.config.target(name), artifacts=self.artifacts, dumps=self.dumps
+            )
         return self._targets[name]
 
     def describe(self, name: str) -> str:
@@ -86,6 +94,11 @@ class Session:
             target.repair()
         modules.add(module)
 
+    def collect(self, name: str, stem: Path) -> list[str]:
+        """See ``Target``."""
+        target = self._targets.get(name)
+        return target.collect(stem, dump=self.dumps) if target is not None else []
+
     def want_kept(self, name: str) -> None:
         """A test has failed on the target: its guest is to live on, whatever closes the target first."""
         self._to_keep.add(name)
@@ -127,21 +140,23 @@ def default_isolation(target: Target) -> Isolation:
     return "module" if "snapshots" in target.capabilities else "none"
 
 
-def make_target(config: TargetConfig, *, artifacts: Path | None = None) -> Target:
+def make_target(
+    config: TargetConfig, *, artifacts: Path | None = None, dumps: bool = False
+) -> Target:
     """A target of the kind that ``config`` says. Raises ``TargetError``."""
     if config.kind == "libvirt":
-        return _libvirt_target(config, artifacts)
+        return _libvirt_target(config, artifacts, dumps)
     if config.kind == "remote":
         return _remote_target(config, artifacts)
     assert config.kind == "wine", "the config lets no other kind through"
     return WineTarget(config, artifacts=artifacts)
 
 
-def _libvirt_target(config: TargetConfig, artifacts: Path | None) -> Target:
+def _libvirt_target(config: TargetConfig, artifacts: Path | None, dumps: bool) -> Target:
     require_libvirt()
     from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
 
-    machine = LibvirtMachine(config, artifacts=artifacts)
+    machine = LibvirtMachine(config, artifacts=artifacts, dumps=dumps)
     return MachineTarget(config.name, machine, artifacts=artifacts)
 
 

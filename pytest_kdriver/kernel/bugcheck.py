@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
-from pytest_kdriver.kernel.bug_checks import name_of
+from pytest_kdriver.kernel.bug_checks import describe_bug_check, name_of
 from pytest_kdriver.kernel.caller import Caller, Callers
 from pytest_kdriver.kernel.events import (
     Breakpoint,
@@ -143,6 +143,8 @@ def _details(
 ) -> tuple[str, ...]:
     """What a bug check's parameters mean, whom the kernel blames, and the stack, line by line."""
     lines: list[str] = []
+    if crash.code is not None:
+        lines += describe_bug_check(crash.code, crash.parameters, where, blamed=crash.blamed)
     if crash.blamed is not None:
         lines.append(f"the kernel blames {crash.blamed}")
     if called:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Iterator
 
 from pytest_kdriver.kernel.bugcheck import describe
 from pytest_kdriver.kernel.events import (
@@ -24,6 +25,7 @@ from pytest_kdriver.kernel.events import (
     ProcessorState,
     UnhandledException,
 )
+from pytest_kdriver.kernel.images import Modules
 from pytest_kdriver.kernel.log import Window
 
 LOOKED_AT = 20_000
@@ -42,12 +44,26 @@ def kernel_lines(window: Window, most: int) -> list[str]:
 
     The seconds count from the first event that was looked at, of at most ``LOOKED_AT``.
     """
-    lines: deque[str] = deque(maxlen=most)
+    return list(deque(all_lines(window, window.stop - LOOKED_AT), maxlen=most))
+
+
+def all_lines(window: Window, start: int | None = None) -> Iterator[str]:
+    """All lines of a window from log position ``start`` on, as ``kernel_lines`` has them."""
     begin: float | None = None
-    for event in window.events(window.stop - LOOKED_AT):
+    for position, event in window.numbered(start):
         begin = event.time if begin is None else begin
-        lines += [f"{event.time - begin:8.3f}  {printable(line)}" for line in describe_event(event)]
-    return list(lines)
+        if isinstance(event, ProcessorState):
+            lines = _processor(event, Modules(window.log, position))
+        else:
+            lines = describe_event(event)
+        for line in lines:
+            yield f"{event.time - begin:8.3f}  {printable(line)}"
+
+
+def _processor(state: ProcessorState, modules: Modules) -> list[str]:
+    """Where a processor is, and what it was called by."""
+    at, *stack = (modules.where(a) or f"0x{a:X}" for a in (state.address, *state.stack))
+    return [f"processor {state.processor} is at {at}", *(f"    {caller}" for caller in stack)]
 
 
 def describe_event(event: Event) -> list[str]:

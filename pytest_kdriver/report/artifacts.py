@@ -8,14 +8,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from pytest_kdriver.driver import Driver
+from pytest_kdriver.errors import CapabilityError
+from pytest_kdriver.kernel.text import all_lines
+
 _LONGEST: Final = 100
 """Bytes of a file's name that tell the test; most file systems take 255 in all."""
 
 
-def keep(folder: Path, test: str, sections: Sequence[tuple[str, str]]) -> None:
-    """Write ``sections``, titles and texts, of the test with the id ``test``. Raises OSError."""
+def keep(folder: Path, test: str, sections: Sequence[tuple[str, str]]) -> Path:
+    """Write ``sections``, titles and texts, of the test with the id ``test``. Raises OSError.
+
+    The file's path without its suffix: others of the same test go beside it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     readable = re.sub(r"[^A-Za-z0-9.\-\[\]]+", "_", test)[-_LONGEST:]
     unique = hashlib.sha256(test.encode()).hexdigest()[:8]
     text = "".join(f"=== {title} ===\n{content}\n\n" for title, content in sections)
-    (folder / f"{readable}-{unique}.txt").write_text(text, encoding="utf-8")
+    stem = folder / f"{readable}-{unique}"
+    stem.with_name(f"{stem.name}.txt").write_text(text, encoding="utf-8")
+    return stem
+
+
+def keep_kernel_log(stem: Path, drivers: Sequence[Driver]) -> None:
+    """Write all that the kernel log has of a test with these drivers, whoever said it. Raises OSError.
+
+    Nothing where the target has no kernel log.
+    """
+    try:
+        windows = [driver.window for driver in drivers]
+    except CapabilityError:
+        return
+    whole = windows[0].log.window(None, min(window.start for window in windows))
+    with stem.with_name(f"{stem.name}.kernel.log").open("w", encoding="utf-8") as file:
+        for line in all_lines(whole):
+            print(line, file=file)

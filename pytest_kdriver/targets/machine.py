@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
@@ -50,7 +50,7 @@ class Debugger(LogFeed, Protocol):
 
 
 class WatchedLog:
-    """The kernel log as a feed writes it; ``on_bug_check`` is told, in the feed's thread, of the guest's end."""
+    """The kernel log as a feed writes it; its thread tells ``on_bug_check`` what ended the guest."""
 
     def __init__(self, log: KernelLog, on_bug_check: Callable[[BugCheck], None]) -> None:
         self._log = log
@@ -117,6 +117,14 @@ class Machine(Protocol):
 
     def examine_hang(self, guest: Guest) -> None:
         """Have the log tell where the processors of a guest are that hangs, as far as that can be had."""
+        ...
+
+    def evidence(self) -> Mapping[str, Callable[[Path], None]]:
+        """What can be written of a guest in which a test failed, each by the suffix of its file's name."""
+        ...
+
+    def let_dump(self, guest: Guest) -> Guest | None:
+        """Let a kernel that crashed write its dump and start again; the guest then. None where it can't."""
         ...
 
     def preflight(self, image: Path) -> Report:

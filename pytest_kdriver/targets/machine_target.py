@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from pytest_kdriver.errors import AgentError, ConfigError, LinkError, TargetError
+from pytest_kdriver.errors import AgentError, ConfigError, KdriverError, LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent, IoOutcome
 from pytest_kdriver.image.authenticode import read_signature
 from pytest_kdriver.image.pe import ImageLayout, read_image, read_layout
@@ -35,6 +35,7 @@ from pytest_kdriver.targets.nt_loader import NtLoader
 from pytest_kdriver.targets.refusals import in_words
 from pytest_kdriver.targets.runs import Run, collect_garbage
 from pytest_kdriver.targets.target import CallTimeout, Io, LoadOutcome, ParameterValue
+from pytest_kdriver.targets.windows.dumps import fetch_minidump
 from pytest_kdriver.targets.windows.exact_status import assert_exact_status
 from pytest_kdriver.targets.windows.in_force import Fact, NotInForce, assert_in_force
 from pytest_kdriver.targets.wine_loader import WineLoader
@@ -384,6 +385,33 @@ class MachineTarget:
         """See ``Surroundings``."""
         with suppress(TargetError, AgentError, LinkError, TimeoutError):
             self.machine.examine_hang(self.guest)
+
+    # what is left of a failed test
+
+    def collect(self, stem: Path, *, dump: bool) -> list[str]:
+        """See ``Target``."""
+        if self._guest is None:
+            return []
+        missing = []
+        for suffix, write in self.machine.evidence().items():
+            try:
+                write(stem.with_name(stem.name + suffix))
+            except (TargetError, OSError) as error:
+                missing.append(f"{suffix}: {error}")
+        if dump and self._broken is not None:
+            try:
+                self._collect_dump(stem.with_name(f"{stem.name}.dmp"))
+            except (KdriverError, OSError, TimeoutError) as error:
+                missing.append(f".dmp: {error}")
+        return missing
+
+    def _collect_dump(self, path: Path) -> None:
+        """Fetch the minidump of the crash that the guest stands behind, if it does."""
+        guest = self.machine.let_dump(self.guest)
+        if guest is None:
+            return
+        self._guest = guest
+        path.write_bytes(fetch_minidump(guest.agent))
 
     # drivers
 

@@ -279,6 +279,14 @@ class RemoteMachine:
     def examine_hang(self, guest: Guest) -> None:
         """See ``Machine``. There is no kernel log."""
 
+    def evidence(self) -> Mapping[str, Callable[[Path], None]]:
+        """See ``Machine``. It has no screen that we see."""
+        return {}
+
+    def let_dump(self, guest: Guest) -> Guest | None:  # noqa: ARG002
+        """See ``Machine``."""
+        return None
+
     def preflight(self, image: Path) -> Report:
         """See ``Machine``. The guest's kernel is not looked into."""
         on_wine = self._agent is not None and self._agent.info.wine_version is not None

@@ -79,6 +79,14 @@ class Target(Protocol):
         """What this target is, in one line, for a report's header."""
         ...
 
+    def collect(self, stem: Path, *, dump: bool) -> list[str]:
+        """Write what there is of a guest in which a test failed, to files named ``stem`` and a suffix.
+
+        With ``dump`` a kernel that crashed is let write its minidump, which takes its restart. What could not
+        be had, in words; raises nothing for it.
+        """
+        ...
+
     def fence(self) -> None:
         """Return once the log has all that the kernel said before. Raises ``TargetError``."""
         ...

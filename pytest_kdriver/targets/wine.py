@@ -8,6 +8,7 @@ socket, whose messages are Wine's trace and the kernel log's source.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
@@ -132,6 +133,14 @@ class WineMachine:
 
     def examine_hang(self, guest: Guest) -> None:
         """See ``Machine``. The driver's process is ended, and says nothing."""
+
+    def evidence(self) -> Mapping[str, Callable[[Path], None]]:
+        """See ``Machine``. Nothing that the kernel log has not."""
+        return {}
+
+    def let_dump(self, guest: Guest) -> Guest | None:  # noqa: ARG002
+        """See ``Machine``."""
+        return None
 
     def preflight(self, image: Path) -> Report:
         """See ``Machine``."""

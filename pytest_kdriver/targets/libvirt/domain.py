@@ -90,6 +90,7 @@ class Domain:
         self._stopped: str | None = "not started"
         self._resets_allowed = _RESETS_WHILE_BOOTING
         self._held = False
+        self._panics_go_on = False
         self._callbacks: list[Callable[[], object]] = []
         self._methods: dict[str, SnapshotMethod] = {}
         self._nodes: tuple[str, list[str]] | None = None
@@ -126,6 +127,7 @@ class Domain:
             self.resets = 0
             self._resets_allowed = _RESETS_WHILE_BOOTING
             self.panic = None
+            self._panics_go_on = False
         try:
             flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
             call(self._domain().createWithFlags, flags, timeout=timeout)
@@ -278,8 +280,12 @@ class Domain:
 
     def let_panic(self) -> None:
         """From here on a kernel that panics goes on, and may write its dump. Raises ``TargetError``."""
-        self._resets_allowed = self.resets + _RESETS_WHILE_BOOTING
         self.monitor("set-action", panic="none")
+        self._panics_go_on = True
+
+    def let_reset(self) -> None:
+        """A reset of the guest, which is to come, is none of its ends."""
+        self._resets_allowed = self.resets + _RESETS_WHILE_BOOTING
 
     def xml(self) -> str:
         """What libvirt runs, without what it keeps secret. Raises ``TargetError``."""
@@ -413,7 +419,10 @@ class Domain:
             self._hypervisor.defer(self._check_status)
         elif event == "GUEST_PANICKED":
             self.panic = self.panic or _panic(told.get("info"))
-            self._note(_panic_words(self.panic))
+            if not self._panics_go_on:
+                self._note(_panic_words(self.panic))
+            elif self._on_stop is not None:
+                self._on_stop(_panic_words(self.panic))
         elif event == "SHUTDOWN" and told.get("guest"):
             self._note("the guest shut itself down")
         elif event == "BLOCK_IO_ERROR" and told.get("action") == "stop":

@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
@@ -87,9 +88,15 @@ _WAYS: Final = {
 
 
 class LibvirtMachine:
-    """See ``Machine``. ``artifacts`` is where pictures go of guests that did not come up."""
+    """See ``Machine``. ``artifacts`` is where pictures go of guests that did not come up.
 
-    def __init__(self, config: TargetConfig, *, artifacts: Path | None = None) -> None:
+    With ``dumps`` a kernel that crashes may go on behind its word to the panic device, and write its dump.
+    """
+
+    def __init__(
+        self, config: TargetConfig, *, artifacts: Path | None = None, dumps: bool = False
+    ) -> None:
+        self._dumps = dumps
         self._target = config.name
         self._settings = config.vm
         self._pictures = artifacts or cache_directory() / "screenshots"
@@ -282,6 +289,8 @@ class LibvirtMachine:
             deadline = time.monotonic() + RESUME_TIMEOUT
         else:
             vm.domain.start_held(lambda: self._open_feed(vm, log))
+        if self._dumps:
+            vm.domain.let_panic()
         agent = vm.agent = self._reach_agent(vm, deadline)
         self._begin_feed(vm, max(deadline - time.monotonic(), ATTEMPT))
         set_clock(agent)
@@ -384,8 +393,7 @@ class LibvirtMachine:
         if self._config.tcp_port is not None:
             guest.agent.close()
         vm.domain.snapshot_load(SNAPSHOT)
-        vm.bug_check = None
-        vm.broke_down.clear()
+        self._forget_crash(vm)
         agent = guest.agent
         if agent.closed or vm.method == "libvirt":  # whose revert starts QEMU anew
             agent.close()
@@ -489,6 +497,35 @@ class LibvirtMachine:
             vm.log.append(
                 [ProcessorState(now, None, number, place) for number, place in enumerate(places)]
             )
+
+    def evidence(self) -> Mapping[str, Callable[[Path], None]]:
+        """See ``Machine``."""
+        if self._vm is None:
+            return {}
+        domain = self._vm.domain
+        return {
+            ".png": domain.screenshot,
+            ".xml": lambda path: _write(path, domain.xml()),
+            ".domain.log": lambda path: _write(path, domain.log()),
+        }
+
+    def let_dump(self, guest: Guest) -> Guest | None:
+        """See ``Machine``. Not verified on Windows."""
+        vm = self._running()
+        if not self._dumps or vm.bug_check is None or vm.domain.stopped is not None:
+            return None
+        guest.agent.close()
+        vm.domain.let_reset()
+        if isinstance(vm.pump, KdPump):
+            vm.pump.go_on()
+        self._forget_crash(vm)
+        vm.agent = self._reach_agent(vm, time.monotonic() + self._config.boot_timeout)
+        return Guest(vm.agent, vm.pump)
+
+    @staticmethod
+    def _forget_crash(vm: _Vm) -> None:
+        vm.bug_check = None
+        vm.broke_down.clear()
 
     def preflight(self, image: Path) -> Report:
         """See ``Machine``. The guest's kernel is not looked into."""
@@ -637,6 +674,10 @@ def need_room(folder: Path, size: int) -> None:
             f"a clone of the guest takes up to {size >> 20} MiB, and {free >> 20} MiB are free in {folder}: "
             f"{MORE_ROOM}"
         )
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _text(path: Path | None) -> str | None:

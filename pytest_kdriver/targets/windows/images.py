@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Final
 
 from pytest_kdriver.errors import AgentError, ConfigError, TargetError
-from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.executable import AGENT
 from pytest_kdriver.paths import cache_directory
 from pytest_kdriver.targets import disk_images

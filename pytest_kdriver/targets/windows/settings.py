@@ -77,7 +77,7 @@ def make_settings(agent: Agent, wanted: Wanted, progress: Callable[[str], None])
 
 
 def switch_debugger_on(agent: Agent) -> None:
-    """Have the next start of the guest, and all behind it, wait for a debugger: from then on there has to be one.
+    """Have all starts of the guest from the next one on wait for a debugger.
 
     Raises as ``make_settings``.
     """
