@@ -17,6 +17,7 @@ from pytest_kdriver.kernel.events import (
 )
 from pytest_kdriver.kernel.images import Images, has
 from pytest_kdriver.kernel.log import Window
+from pytest_kdriver.kernel.pool_tags import SHARED, Amount, Key, Samples, shown
 from pytest_kdriver.kernel.symbolizer import LoadSymbols
 
 __all__ = ["Caller", "Frame", "Pool", "PoolUse", "PoolUses", "WrongFree"]
@@ -26,6 +27,10 @@ _LOOKED_AT: Final = (DriverInitCalled, PoolAllocated, PoolStack, PoolFreed)
 _NO_STACK: Final = (
     "Where a crate stands for the line, its call alone is known: build the driver with the feature "
     "capture-stacks of windows-kernel-rs, and each block has its stack."
+)
+
+_NO_CALLER: Final = (
+    "The kernel's counters name no caller, and count what the kernel adds to each block, too."
 )
 
 
@@ -157,7 +162,9 @@ class _Balance:
 class Pool:
     """What a driver did with the pool in a window.
 
-    Only calls that come from the driver's own image count. With ``tags``, only blocks with one of them.
+    A window with a trace of the kernel's is judged by that: only calls that come from the driver's own
+    image count, and with ``tags``, only blocks with one of them. One without is judged by the samples of the
+    kernel's counters that it has (``PoolTags``): they tell what is left, and no more.
     ``load_symbols`` is called when a caller is to be shown, and names its function, file and line.
     ``refuse`` raises where the view can't be had; it is asked before each look, with True where the
     answer would be wrong while the driver is loaded.
@@ -187,7 +194,8 @@ class Pool:
     def leaked(self) -> PoolUses:
         """What was allocated and is not freed, now that the driver is not loaded any more."""
         self._refuse(True)
-        return self._uses(self._balance().left)
+        samples = self._samples()
+        return _sampled(samples) if samples else self._uses(self._balance().left)
 
     @property
     def in_use(self) -> PoolUses:
@@ -213,19 +221,42 @@ class Pool:
         self._refuse(False)
         return self._wrong_frees(self._balance().wrong_tags, twice=False)
 
+    @property
+    def left(self) -> dict[Key, Amount]:
+        """What is left of each tag and pool type; by counters, negative where others freed more."""
+        self._refuse(True)
+        if samples := self._samples():
+            return samples.left
+        left: dict[Key, Amount] = {}
+        for block in self._balance().left:
+            key = (block.allocated.tag, block.allocated.pool_type)
+            blocks, size = left.get(key, (0, 0))
+            left[key] = (blocks + 1, size + block.allocated.size)
+        return left
+
+    @property
+    def shared(self) -> frozenset[bytes]:
+        """The tags whose blocks may be others' too."""
+        if (samples := self._samples()) is None:
+            return frozenset()
+        return frozenset(tag for tag, _ in samples.left if _why_shared(samples, tag))
+
     def problems(self, *, leaks: bool, start: int | None = None) -> str:
         """The double frees, frees with a wrong tag and, with ``leaks``, the leaks, as a table for a person.
 
         "" for none. ``start``: only what came from this log position on.
         """
         self._refuse(True)
+        samples = self._samples(start)
+        if samples:
+            return _problems_by(samples) if leaks else ""
         balance = self._balance(start)
         left = self._uses(balance.left) if leaks else PoolUses()
         double_frees = self._wrong_frees(balance.double_frees, twice=True)
         wrong_tags = self._wrong_frees(balance.wrong_tags, twice=False)
         parts = []
         if left:
-            parts.append(f"{_blocks(left.total_count)}, {left.total_size} bytes leaked:\n{left}")
+            parts.append(_leaked(left))
         if double_frees:
             parts.append("freed twice:\n" + "\n".join(map(str, double_frees)))
         if wrong_tags:
@@ -242,6 +273,14 @@ class Pool:
         lone = [use.caller for use in left if len({f.address for f in use.caller.frames}) == 1]
         in_crates = any(caller.frames[0].crate and not caller.own_frames for caller in lone)
         return [_NO_STACK] if in_crates else []
+
+    def _samples(self, start: int | None = None) -> Samples | None:
+        """The samples that judge the window; None where it has a trace, or where none were taken."""
+        calls = self._window.of(DriverInitCalled, start)
+        if any(event.driver == self._driver for event in calls):
+            return None
+        samples = Samples(self._window, self._driver, start)
+        return samples if samples.taken else None
 
     def _balance(self, start: int | None = None) -> _Balance:
         images = Images(self._window, self._driver)
@@ -279,7 +318,7 @@ class Pool:
         return balance
 
     def _counts(self, block: PoolAllocated) -> bool:
-        return not self._tags or _tag(block.tag) in self._tags
+        return not self._tags or shown(block.tag) in self._tags
 
     def _uses(self, blocks: Iterable[_Block]) -> PoolUses:
         sizes: dict[tuple[bytes, str, ImageLoaded | None, tuple[int, ...]], list[int]] = {}
@@ -291,7 +330,7 @@ class Pool:
         groups: dict[tuple[str, str, Caller], list[int]] = {}
         for (tag, pool_type, image, stack), some in sizes.items():
             caller = callers.caller(image, stack)
-            groups.setdefault((_tag(tag), pool_type, caller), []).extend(some)
+            groups.setdefault((shown(tag), pool_type, caller), []).extend(some)
         uses = [
             PoolUse(tag, sum(some), len(some), pool_type, caller)
             for (tag, pool_type, caller), some in groups.items()
@@ -305,8 +344,8 @@ class Pool:
         return tuple(
             WrongFree(
                 event.address,
-                _tag(event.tag) if event.tag is not None else None,
-                None if twice else _tag(block.allocated.tag),
+                shown(event.tag) if event.tag is not None else None,
+                None if twice else shown(block.allocated.tag),
                 callers.caller(block.image, (event.caller,)),
                 callers.caller(block.image, block.stack),
             )
@@ -314,10 +353,43 @@ class Pool:
         )
 
 
+def _sampled(samples: Samples) -> PoolUses:
+    uses = [
+        PoolUse(shown(tag), size, blocks, pool_type, Caller(()))
+        for (tag, pool_type), (blocks, size) in samples.left.items()
+        if blocks > 0
+    ]
+    return PoolUses(sorted(uses, key=lambda use: -use.size))
+
+
+def _problems_by(samples: Samples) -> str:
+    left = _sampled(samples)
+    if not left:
+        return ""
+    leaking = {use.tag for use in left}
+    tags = sorted({tag for tag, _ in samples.left if shown(tag) in leaking})
+    parts = [_leaked(left), _NO_CALLER]
+    parts += [
+        f"Tag {shown(tag)!r} may be others' as well: {why}. Where the driver has a tag that is its alone, "
+        "name that: tags=; else see what many cycles leave: cycle(20).growth."
+        for tag in tags
+        if (why := _why_shared(samples, tag)) is not None
+    ]
+    if samples.unsettled:
+        parts.append("The counters were still changing when they were read: others were at work.")
+    return "\n".join(parts)
+
+
+def _why_shared(samples: Samples, tag: bytes) -> str | None:
+    if known := SHARED.get(shown(tag)):
+        return known
+    before = samples.there_before.get(tag, 0)
+    return f"{_blocks(before)} had it before the first load" if before else None
+
+
+def _leaked(left: PoolUses) -> str:
+    return f"{_blocks(left.total_count)}, {left.total_size} bytes leaked:\n{left}"
+
+
 def _blocks(count: int, width: int = 0) -> str:
     return f"{count:{width}} block{'' if count == 1 else 's'}"
-
-
-def _tag(tag: bytes) -> str:
-    """A tag as poolmon shows it: four characters, one a byte."""
-    return tag.rstrip(b"\0").decode("latin-1")
