@@ -6,6 +6,7 @@
     ├── ConfigError             kdriver.toml, [tool.kdriver], an option or a marker says what can't be
     ├── BuildError              cargo, rustc or the linker said no; its output is in the message
     ├── ImageError              the driver's file can't be what is meant (not there, not a PE file, ...)
+    ├── DumpError               a file is no crash dump of a 64-bit Windows, or is cut
     ├── TargetError             the target can't be had, or can't be used any more
     │   └── CapabilityError     the target can't show or do this at all; also a ``pytest.skip`` reason
     ├── KernelLogError          what a source of the kernel log sent makes no sense
@@ -55,6 +56,10 @@ class BuildError(KdriverError):
 
 class ImageError(KdriverError):
     """A driver's file that can't be loaded, whatever the target."""
+
+
+class DumpError(KdriverError):
+    """A file that is no crash dump, or one that can't be read here; the message says why."""
 
 
 class TargetError(KdriverError):
