@@ -54,7 +54,7 @@ from pytest_kdriver.win32error import Win32Error
 
 E = TypeVar("E", bound=DriverError)
 
-Leaks: TypeAlias = Literal["forbid", "allow"]
+Permission: TypeAlias = Literal["forbid", "allow"]
 
 LAST_LINES: Final = 12
 """How many lines of the kernel log an error shows."""
@@ -119,7 +119,8 @@ class Driver:
         name: str,
         service: str | None = None,
         parameters: Mapping[str, ParameterValue] | None = None,
-        leaks: Leaks = "forbid",
+        leaks: Permission = "forbid",
+        breakpoints: Permission = "forbid",
         tags: Sequence[str] = (),
         timeout: float = DEFAULT_TIMEOUT,
     ) -> None:
@@ -132,7 +133,8 @@ class Driver:
         self._parameters = dict(parameters or {})
         for value in self._parameters.values():
             encode_value(value)  # what the registry can't keep is told before anything is done
-        self._leaks: Leaks = leaks
+        self._leaks: Permission = leaks
+        self._breakpoints: Permission = breakpoints
         self._tags = tuple(tags)
         self._timeout = timeout
         self._state = _State.UNLOADED
@@ -619,7 +621,11 @@ class Driver:
     def _find_crash(self) -> Crash | None:
         log = self._target.log
         end = len(log)
-        crash = find_crash(log.window(self.service, self._crash_seen_to), self.service)
+        crash = find_crash(
+            log.window(self.service, self._crash_seen_to),
+            self.service,
+            breakpoints=self._breakpoints == "forbid",
+        )
         if crash is None:
             self._crash_seen_to = max(self._crash_seen_to, end)  # not looked through again
         return crash

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pytest_kdriver.config import DEFAULT_TIMEOUT
-from pytest_kdriver.driver import Driver, Leaks, asking, need
+from pytest_kdriver.driver import Driver, Permission, asking, need
 from pytest_kdriver.errors import KdriverError
 from pytest_kdriver.guest.agent import Completed
 from pytest_kdriver.image.finder import ImageFinder, is_path
@@ -91,13 +91,20 @@ class TargetHandle:
         *,
         service: str | None = None,
         parameters: Mapping[str, ParameterValue] | None = None,
-        leaks: Leaks = "forbid",
+        leaks: Permission = "forbid",
+        breakpoints: Permission = "forbid",
         tags: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Iterator[Driver]:
         """One more driver, judged at the end of the ``with``. The arguments are the marker's."""
         driver = self.make_driver(
-            name, service=service, parameters=parameters, leaks=leaks, tags=tags, timeout=timeout
+            name,
+            service=service,
+            parameters=parameters,
+            leaks=leaks,
+            breakpoints=breakpoints,
+            tags=tags,
+            timeout=timeout,
         )
         try:
             yield driver
@@ -119,7 +126,8 @@ class TargetHandle:
         *,
         service: str | None = None,
         parameters: Mapping[str, ParameterValue] | None = None,
-        leaks: Leaks = "forbid",
+        leaks: Permission = "forbid",
+        breakpoints: Permission = "forbid",
         tags: Sequence[str] = (),
         timeout: float | None = None,
     ) -> Driver:
@@ -132,6 +140,7 @@ class TargetHandle:
             service=service,
             parameters=parameters,
             leaks=leaks,
+            breakpoints=breakpoints,
             tags=tags,
             timeout=self._timeout if timeout is None else timeout,
         )

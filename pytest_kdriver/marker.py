@@ -5,17 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Final, get_args
 
 from pytest_kdriver.config import CAPABILITIES, ISOLATIONS, Isolation
-from pytest_kdriver.driver import Leaks, check_service_name
+from pytest_kdriver.driver import Permission, check_service_name
 from pytest_kdriver.errors import ConfigError
 from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.image.finder import is_path
 from pytest_kdriver.targets.target import ParameterValue
 
-KEYWORDS: Final = ("name", "parameters", "service", "leaks", "tags", "requires", "timeout")
+KEYWORDS: Final = (
+    "name",
+    "parameters",
+    "service",
+    "leaks",
+    "breakpoints",
+    "tags",
+    "requires",
+    "timeout",
+)
 
 Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 """The positional and keyword arguments of one ``@pytest.mark.kdriver(...)``, as the user wrote them."""
@@ -32,7 +42,8 @@ class DriverMark:
     path: str | None = None
     parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     service: str | None = None
-    leaks: Leaks = "forbid"
+    leaks: Permission = "forbid"
+    breakpoints: Permission = "forbid"
     tags: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     timeout: float | None = None
@@ -102,11 +113,11 @@ def _service(value: object) -> str:
     return check_service_name(value)
 
 
-def _leaks(value: object) -> Leaks:
-    for known in get_args(Leaks):
+def _permission(key: str, value: object) -> Permission:
+    for known in get_args(Permission):
         if value == known:
             return value  # type: ignore[return-value]  # it is one of them
-    raise _wrong("leaks", value, "'forbid' or 'allow'")
+    raise _wrong(key, value, "'forbid' or 'allow'")
 
 
 def _tags(value: object) -> tuple[str, ...]:
@@ -148,7 +159,8 @@ _CHECKS: Final = {
     "name": _name,
     "parameters": _parameters,
     "service": _service,
-    "leaks": _leaks,
+    "leaks": partial(_permission, "leaks"),
+    "breakpoints": partial(_permission, "breakpoints"),
     "tags": _tags,
     "requires": _requires,
     "timeout": _timeout,

@@ -76,10 +76,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Describe the markers."""
     config.addinivalue_line(
         "markers",
-        "kdriver(name, *, parameters={}, service=None, leaks='forbid', tags=(), requires=(), "
-        "timeout=30): the driver that the fixture kdriver is: a cargo package, or a path to a .sys; "
-        "the values of its service's Parameters key; its service's name; whether leaks fail the test; "
-        "the pool tags that count; capabilities that the target needs; seconds for each call",
+        "kdriver(name, *, parameters={}, service=None, leaks='forbid', breakpoints='forbid', tags=(), "
+        "requires=(), timeout=30): the driver that the fixture kdriver is: a cargo package, or a path to a "
+        ".sys; the values of its service's Parameters key; its service's name; whether leaks fail the test, "
+        "and breakpoints that a kernel's debugger sees; the pool tags that count; capabilities that the "
+        "target needs; seconds for each call",
     )
     config.addinivalue_line(
         "markers",
@@ -199,6 +200,7 @@ def kdriver(request: pytest.FixtureRequest, kdriver_target: TargetHandle) -> Ite
             service=mark.service,
             parameters=mark.parameters,
             leaks=mark.leaks,
+            breakpoints=mark.breakpoints,
             tags=mark.tags,
             timeout=mark.timeout,
         )

@@ -69,15 +69,20 @@ def is_crash(event: object, driver: str) -> bool:
     return event.driver == driver or (event.driver is None and isinstance(event, _OF_THE_GUEST))
 
 
-def find_crash(window: Window, driver: str, start: int | None = None) -> Crash | None:
+def find_crash(
+    window: Window, driver: str, start: int | None = None, *, breakpoints: bool = True
+) -> Crash | None:
     """The first crash of ``driver`` from log position ``start`` on.
 
     The death of a process alone says little: what was said right after it, or of it by a sender that
     nobody knows, is looked for as well. An exception that ended the guest is told by its bug check.
+    ``breakpoints`` may be passed over.
     """
     death: Crash | None = None
     for position, event in window.numbered(start, _CRASH_EVENTS):
         if not isinstance(event, _CRASH_EVENTS):
+            continue
+        if isinstance(event, Breakpoint) and not breakpoints:
             continue
         anonymous = event.driver is None and not isinstance(event, _OF_THE_GUEST)
         if not is_crash(event, driver) and not anonymous:

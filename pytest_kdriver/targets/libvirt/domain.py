@@ -40,10 +40,12 @@ _DROP: Final = (
 INTERNAL_ERROR: Final = "paused by an internal error of the accelerator"
 """Why a guest stopped that its accelerator can't run. What libvirt calls so can be anything."""
 
+PANICKED: Final = "its kernel panicked"
+
 _STATUS: Final = {  # QEMU's RunState: those in which a guest no longer runs, for good
     "internal-error": INTERNAL_ERROR,
     "io-error": "paused, as its disk could not be written or read",
-    "guest-panicked": "its kernel panicked",
+    "guest-panicked": PANICKED,
     "shutdown": "shut down",
     "watchdog": "paused by its watchdog",
     "paused": "paused from outside",
@@ -400,7 +402,7 @@ class Domain:
             else:
                 self._note(_GONE)
         elif event == libvirt.VIR_DOMAIN_EVENT_CRASHED:
-            self._note("its kernel panicked")
+            self._note(PANICKED)
         elif event == libvirt.VIR_DOMAIN_EVENT_UNDEFINED:
             return
 
@@ -604,8 +606,6 @@ def logged_panic(log: str) -> tuple[int, ...] | None:
 
 def _panic_words(panic: tuple[int, ...] | None) -> str:
     if panic is None:
-        return "its kernel panicked"
+        return PANICKED
     code, *parameters = panic
-    return (
-        f"its kernel panicked: bug check 0x{code:X} ({', '.join(f'0x{p:X}' for p in parameters)})"
-    )
+    return f"{PANICKED}: bug check 0x{code:X} ({', '.join(f'0x{p:X}' for p in parameters)})"

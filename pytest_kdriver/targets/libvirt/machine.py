@@ -42,7 +42,13 @@ from pytest_kdriver.targets.libvirt.address import (
 )
 from pytest_kdriver.targets.libvirt.base_disk import BaseDisk, make_overlay
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
-from pytest_kdriver.targets.libvirt.domain import INTERNAL_ERROR, Domain, SnapshotMethod
+from pytest_kdriver.targets.libvirt.domain import (
+    INTERNAL_ERROR,
+    PANICKED,
+    Domain,
+    SnapshotMethod,
+    logged_panic,
+)
 from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
 from pytest_kdriver.targets.libvirt.enlightenments import Enlightenments, find_enlightenments
 from pytest_kdriver.targets.libvirt.kept import KeptVm
@@ -68,6 +74,9 @@ SNAPSHOT: Final = "kdriver-first"
 ATTEMPT: Final = 5.0
 """Seconds that one attempt to reach the agent of a guest that boots may take, before it is looked whether the
 guest still runs."""
+
+ATTACH_TIMEOUT: Final = 60.0
+"""Seconds for the kernel of a guest that is up to answer its debugger."""
 
 RESUME_TIMEOUT: Final = 30.0
 BREAK_IN_TIMEOUT: Final = 5.0
@@ -292,7 +301,7 @@ class LibvirtMachine:
         if self._dumps:
             vm.domain.let_panic()
         agent = vm.agent = self._reach_agent(vm, deadline)
-        self._begin_feed(vm, max(deadline - time.monotonic(), ATTEMPT))
+        self._begin_feed(vm, min(max(deadline - time.monotonic(), ATTEMPT), ATTACH_TIMEOUT))
         set_clock(agent)
         return Guest(agent, vm.pump)
 
@@ -607,10 +616,12 @@ class _Vm:
         self.broke_down.set()
         self._give_up_agent()
 
-    def _on_stop(self, _reason: str) -> None:
+    def _on_stop(self, reason: str) -> None:
         """Have all that waits for the agent's answer fail now."""
         self.note_kvm_failure()
         panic = self.domain.panic
+        if panic is None and reason.startswith(PANICKED):  # by an event that has no parameters
+            panic = logged_panic(self.domain.log())
         if panic is not None and self.log is not None and self.bug_check is None:
             event = BugCheck(time.monotonic(), None, panic[0], panic[1:])
             self.bug_check = describe(event)
