@@ -175,6 +175,48 @@ def test_a_kernel_that_panics_is_known_at_once_and_can_be_looked_at(
     guest.domain.screenshot(tmp_path / "screen.png")
 
 
+def test_a_kernel_that_panics_may_go_on(make: Make) -> None:
+    panics_then_says_x = bytes.fromhex("ba0505 b001 ee baf803 b078 ee f4 ebfd")
+    told: list[str] = []
+    guest = make(
+        boots=panics_then_says_x.ljust(510, b"\0") + b"\x55\xaa", panic="isa", on_stop=told.append
+    )
+
+    def before_it_runs() -> None:
+        guest.domain.let_panic()
+        guest.connect()
+
+    guest.domain.start_held(before_it_runs)
+    assert guest.port.recv(1) == b"x"
+    deadline = time.monotonic() + 20
+    while not told:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert set(told) == {"its kernel panicked"}
+    assert guest.domain.stopped is None
+
+
+def test_it_can_be_told_where_a_guest_is_that_hangs(make: Make) -> None:
+    hangs = bytes.fromhex("fa ebfe").ljust(510, b"\0") + b"\x55\xaa"
+    guest = make(boots=hangs, cpus=2)
+    guest.domain.start()
+    deadline = time.monotonic() + 20
+    while (places := guest.domain.instruction_pointers())[0] != 0x7C01:
+        assert time.monotonic() < deadline, places
+        time.sleep(0.02)
+    assert len(places) == 2
+    guest.domain.interrupt()
+    assert guest.domain.stopped is None
+
+
+def test_what_is_kept_of_it_is_what_libvirt_has(
+    guest: TinyGuest, private_libvirt: PrivateLibvirt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ET.fromstring(guest.domain.xml()).findtext("name") == guest.spec.name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(private_libvirt.folder / "k"))
+    assert f"guest={guest.spec.name}," in guest.domain.log()
+
+
 def test_the_console_is_kept(make: Make, guest_folder: Path) -> None:
     guest = make(ports=(), console=guest_folder / "0" / "console")
     guest.hypervisor.hand_over(guest_folder / "0")

@@ -278,7 +278,7 @@ class Domain:
     def instruction_pointers(self) -> list[int]:
         """Where each processor is. Raises ``TargetError``."""
         told = self.monitor("human-monitor-command", command_line="info registers -a")
-        return [int(value, 16) for value in re.findall(r"\bRIP=([0-9a-f]{16})", told)]
+        return [int(value, 16) for value in re.findall(r"\b[RE]IP=([0-9a-f]{8,16})\b", told)]
 
     def let_panic(self) -> None:
         """From here on a kernel that panics goes on, and may write its dump. Raises ``TargetError``."""
@@ -402,7 +402,7 @@ class Domain:
             else:
                 self._note(_GONE)
         elif event == libvirt.VIR_DOMAIN_EVENT_CRASHED:
-            self._note(PANICKED)
+            self._note_panic()
         elif event == libvirt.VIR_DOMAIN_EVENT_UNDEFINED:
             return
 
@@ -421,10 +421,7 @@ class Domain:
             self._hypervisor.defer(self._check_status)
         elif event == "GUEST_PANICKED":
             self.panic = self.panic or _panic(told.get("info"))
-            if not self._panics_go_on:
-                self._note(_panic_words(self.panic))
-            elif self._on_stop is not None:
-                self._on_stop(_panic_words(self.panic))
+            self._note_panic()
         elif event == "SHUTDOWN" and told.get("guest"):
             self._note("the guest shut itself down")
         elif event == "BLOCK_IO_ERROR" and told.get("action") == "stop":
@@ -432,6 +429,14 @@ class Domain:
             self._note(f"paused, as its disk could not be written or read: {why}")
         elif event == "RESET" and told.get("guest"):
             self._note_reset()
+
+    def _note_panic(self) -> None:
+        """A kernel that goes on behind it is none that stopped, but whoever waits for it waits in vain."""
+        told = _panic_words(self.panic)
+        if not self._panics_go_on:
+            self._note(told)
+        elif self._on_stop is not None:
+            self._on_stop(told)
 
     def _note_reset(self) -> None:
         self.resets += 1
