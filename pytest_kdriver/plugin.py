@@ -7,7 +7,7 @@ a target is asked for.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_kdriver.handle import TargetHandle
     from pytest_kdriver.marker import DriverMark
     from pytest_kdriver.session import Session
+    from pytest_kdriver.targets.target import Target
 
 _SESSION = pytest.StashKey["Session"]()
 _MARK = pytest.StashKey["DriverMark | None"]()
@@ -158,14 +159,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         target = session.target(name)
         mark = item.stash.get(_MARK, None)
         isolation, needs = _isolation(item)
-        for capability in (*(mark.requires if mark else ()), *needs):
-            if capability not in target.capabilities:
-                pytest.skip(f"target {name!r} has no capability {capability!r}")
+        needed = (*(mark.requires if mark else ()), *needs)
+        _skip_without(needed, target)
         from pytest_kdriver.session import default_isolation
 
         module = item.nodeid.partition("::")[0]
         session.begin_test(item.path.parent)
         session.prepare(name, isolation or default_isolation(target), module)
+        _skip_without(needed, target)  # what a guest can't tell is known when it is up
+
+
+def _skip_without(needed: Iterable[str], target: Target) -> None:
+    for capability in needed:
+        if capability not in target.capabilities:
+            pytest.skip(f"target {target.name!r} has no capability {capability!r}")
 
 
 @pytest.fixture(scope="session")
@@ -364,25 +371,29 @@ def _verdict(item: pytest.Function) -> KdriverError | None:
 
 
 def _tell(item: pytest.Item, report: pytest.TestReport) -> None:
-    """Put what was seen of a failed test's drivers into its report, and into the artifacts folder."""
+    """Put what was seen of a failed test's drivers into its report, and what there is into the artifacts."""
     session = item.config.stash.get(_SESSION, None)
-    if session is None or not session.current.drivers:
+    if session is None:
         return
-    from pytest_kdriver.report.artifacts import keep, keep_kernel_log
-    from pytest_kdriver.report.sections import sections
+    drivers, told = session.current.drivers, []
+    if drivers:
+        from pytest_kdriver.report.sections import sections
 
-    told = sections(session.current.drivers)
-    report.sections += told
-    if session.artifacts is None:
+        told = sections(drivers)
+        report.sections += told
+    name = _target_of(item)
+    if session.artifacts is None or name is None:
         return
+    from pytest_kdriver.report.artifacts import keep, stem_of
+
+    stem = stem_of(session.artifacts, f"{item.nodeid}.{report.when}")
     try:
-        stem = keep(session.artifacts, f"{item.nodeid}.{report.when}", told)
-        keep_kernel_log(stem, session.current.drivers)
+        if drivers:
+            keep(stem, drivers, told)
     except OSError as error:
         report.sections.append(("Artifacts", f"could not be written: {error}"))
         return
-    name = _target_of(item)
-    missing = session.collect(name, stem) if name is not None else []
+    missing = session.collect(name, stem)
     if missing:
         report.sections.append(("Artifacts", "could not be had:\n" + "\n".join(missing)))
 

@@ -16,25 +16,22 @@ _LONGEST: Final = 100
 """Bytes of a file's name that tell the test; most file systems take 255 in all."""
 
 
-def keep(folder: Path, test: str, sections: Sequence[tuple[str, str]]) -> Path:
-    """Write ``sections``, titles and texts, of the test with the id ``test``. Raises OSError.
-
-    The file's path without its suffix: others of the same test go beside it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def stem_of(folder: Path, test: str) -> Path:
+    """The path of the files of the test with the id ``test``, without their suffixes."""
     readable = re.sub(r"[^A-Za-z0-9.\-\[\]]+", "_", test)[-_LONGEST:]
     unique = hashlib.sha256(test.encode()).hexdigest()[:8]
-    text = "".join(f"=== {title} ===\n{content}\n\n" for title, content in sections)
-    stem = folder / f"{readable}-{unique}"
-    stem.with_name(f"{stem.name}.txt").write_text(text, encoding="utf-8")
-    return stem
+    return folder / f"{readable}-{unique}"
 
 
-def keep_kernel_log(stem: Path, drivers: Sequence[Driver]) -> None:
-    """Write all that the kernel log has of a test with these drivers, whoever said it. Raises OSError.
+def keep(stem: Path, drivers: Sequence[Driver], sections: Sequence[tuple[str, str]]) -> None:
+    """Write ``sections``, titles and texts, and all of the kernel log of a test with these drivers.
 
-    Nothing where the target has no kernel log.
+    That is what anybody said, not the drivers alone; nothing where the target has no kernel log. Raises
+    OSError.
     """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"=== {title} ===\n{content}\n\n" for title, content in sections)
+    stem.with_name(f"{stem.name}.txt").write_text(text, encoding="utf-8")
     try:
         windows = [driver.window for driver in drivers]
     except CapabilityError:

@@ -195,6 +195,14 @@ def test_all_pass_but_the_one_that_fails(run: Run) -> None:
     assert count >= 25
 
 
+def test_what_there_is_of_the_one_that_fails_is_kept(run: Run) -> None:
+    kept = list((run.folder / "artifacts").glob("*test_fails*"))
+    of = {path.suffix: path.read_bytes() for path in kept}
+    assert of.keys() == {".png", ".xml"}
+    assert of[".png"].startswith(b"\x89PNG\r\n")
+    assert ElementTree.fromstring(of[".xml"]).findtext("name", "").startswith("kdriver-")
+
+
 def test_it_is_put_back_in_the_same_guest(run: Run) -> None:
     assert run.machine.domain.endswith("-1")
     assert "put back by QEMU's snapshot-load" in (run.folder / "output").read_text()

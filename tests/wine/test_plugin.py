@@ -877,6 +877,13 @@ class TestReport:
             assert re.search(rf"^-+ {title} -+$", told, re.MULTILINE)
         assert "hello left nothing behind" in text
         assert "hello: DriverEntry returned STATUS_SUCCESS" in text
+        log = kept.with_name(f"{kept.stem}.kernel.log").read_text()
+        assert log.rstrip() in text
+
+    def test_dumps_have_to_be_put_somewhere(self, project: pytest.Pytester, run: Run) -> None:
+        result = run("--kdriver-vm", "wine", "--kdriver-dumps")
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines("*dumps need a folder: give --kdriver-artifacts DIR, too")
 
     def test_a_build_error_shows_cargo_s_output_and_no_traceback(
         self, project: pytest.Pytester, run: Run

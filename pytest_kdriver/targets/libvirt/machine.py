@@ -63,12 +63,12 @@ from pytest_kdriver.vm_config import vm_config
 
 _ALWAYS: Final = frozenset({"snapshots", "programs"})
 _SEEN: Final = {
-    "wine-trace": frozenset({"kernel-log", "pool", "crashes"}),
-    "kd": frozenset({"kernel-log", "crashes"}),
-    "text": frozenset({"kernel-log", "crashes"}),
-    "none": frozenset[str](),
+    "wine-trace": frozenset({"kernel-log", "pool", "pool-blocks", "crashes"}),
+    "kd": frozenset({"kernel-log", "pool", "crashes"}),
+    "text": frozenset({"kernel-log", "pool", "crashes"}),
+    "none": frozenset({"pool"}),
 }
-"""What a kernel log gives."""
+"""What a kernel log gives. A kernel that is no Wine's tells of its pool without."""
 
 SNAPSHOT: Final = "kdriver-first"
 ATTEMPT: Final = 5.0
@@ -688,7 +688,9 @@ def need_room(folder: Path, size: int) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    """Write a file, unless nothing would be in it."""
+    if text:
+        path.write_text(text, encoding="utf-8")
 
 
 def _text(path: Path | None) -> str | None:
