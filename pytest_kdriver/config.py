@@ -49,7 +49,8 @@ FILE_NAME: Final = "kdriver.toml"
 
 CAPABILITIES: Final[Mapping[str, str]] = {
     "kernel-log": "what the kernel and its drivers print is seen",
-    "pool": "each driver's pool allocations and frees are seen",
+    "pool": "what drivers leave in the pool is seen",
+    "pool-blocks": "each allocation and free is seen, and who called for it",
     "crashes": "a driver's crash is seen, with its code and address",
     "snapshots": "it can be put back into the state that it had before",
     "programs": "programs can be run in the guest",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal, TypeAlias, TypedDict, TypeVar
 
@@ -33,6 +34,7 @@ from pytest_kdriver.errors import (
 )
 from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult, OpenResult
 from pytest_kdriver.guest.registry import encode_value
+from pytest_kdriver.image.pool_tags import default_tag, used_tags
 from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.symbols import Symbols, load_symbols
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
@@ -40,6 +42,7 @@ from pytest_kdriver.kernel.dbgprint import DbgPrint
 from pytest_kdriver.kernel.events import DriverInitCalled, DriverUnload, ImageLoaded
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.pool import Pool, PoolUses
+from pytest_kdriver.kernel.pool_growth import PoolGrowth, growth
 from pytest_kdriver.kernel.text import kernel_lines
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.target import (
@@ -83,6 +86,18 @@ class CycleResult:
     stop_seconds: float
     lines: list[str]
     leaked: PoolUses
+
+
+class Cycles(list[CycleResult]):
+    """Starts and stops, in order.
+
+    ``growth`` is what each of them left in the pool, by tag and pool type, and how sure that is; the surest
+    first. Empty where nothing is left, or that can't be seen.
+    """
+
+    def __init__(self, results: Iterable[CycleResult], growth: tuple[PoolGrowth, ...]) -> None:
+        super().__init__(results)
+        self.growth = growth
 
 
 class _State(Enum):
@@ -140,6 +155,8 @@ class Driver:
         self._state = _State.UNLOADED
         self._installed_in: int | None = None
         self._loaded_from = 0
+        self._sampled_in: int | None = None
+        """The generation of a sample of its pool that has none behind its load yet."""
         self._started = False
         self._finished = False
         self._gone = False
@@ -165,6 +182,18 @@ class Driver:
             load_symbols=self._load_symbols,
             refuse=self._refuse_pool,
         )
+
+    @cached_property
+    def _pool_tags(self) -> frozenset[str]:
+        """The tags that its pool is counted by: the marker's, else those that its image uses.
+
+        Where the image does not show them all, they may be from elsewhere, as the framework's is: by default
+        that is made of the package's name.
+        """
+        if self._tags:
+            return frozenset(self._tags)
+        used = used_tags(self.image)
+        return used.tags if used.all_seen else used.tags | {default_tag(self.name)}
 
     def _load_symbols(self) -> Symbols:
         return load_symbols(self.image)
@@ -265,6 +294,7 @@ class Driver:
         if code:
             raise StopFailed(f"the guest says {code}", code=code, **self._told())
         self._state = _State.UNLOADED
+        self._sample_behind()
 
     @contextmanager
     def running(self, *, timeout: float | None = None) -> Iterator[Driver]:
@@ -307,12 +337,19 @@ class Driver:
         if self._state is _State.LOADED:
             self.stop(timeout=timeout)
 
-    def cycle(self, count: int, *, timeout: float | None = None) -> list[CycleResult]:
+    def cycle(self, count: int, *, timeout: float | None = None) -> Cycles:
         """Start and stop ``count`` times, each with ``check``. ``timeout`` is each call's."""
-        return [self._cycle_once(timeout) for _ in range(count)]
+        log = self._target.log
+        whole = log.window(self.service)
+        results, left = [], []
+        for _ in range(count):
+            window = log.window(self.service)
+            results.append(self._cycle_once(window, timeout))
+            if "pool" in self._target.capabilities:
+                left.append(self._pool_of(window).left)
+        return Cycles(results, growth(left, shared=self._pool_of(whole).shared))
 
-    def _cycle_once(self, timeout: float | None) -> CycleResult:
-        window = self._target.log.window(self.service)
+    def _cycle_once(self, window: Window, timeout: float | None) -> CycleResult:
         begin = time.monotonic()
         status = self.start(timeout=timeout)
         started = time.monotonic()
@@ -345,6 +382,7 @@ class Driver:
             self._stop_if_loaded,
             self._close_devices,
             self._give_up_if_loaded,
+            self._sample_behind,
             self._uninstall,
         ):
             try:
@@ -369,6 +407,7 @@ class Driver:
         """Be as new for what is done after ``finish``; what was seen stays to be seen."""
         self._started = self._gone = False
         self._state = _State.UNLOADED
+        self._sampled_in = None
 
     def _give_up_if_loaded(self) -> None:
         if self._state is _State.LOADED:
@@ -391,6 +430,11 @@ class Driver:
                     **self._told(),
                 )
             return
+        if self._sampled_in is not None and self._leaks == "forbid":
+            raise PoolError(
+                "whether it leaks can't be seen: its pool was not counted when it was gone",
+                **self._told(),
+            )
         problems = self._pool.problems(leaks=self._leaks == "forbid", start=self._judged_to)
         if problems:
             raise PoolError(problems, driver=self.service, target=self._target.name)
@@ -420,6 +464,7 @@ class Driver:
         begin = len(self._target.log)
         try:
             self._install(limit)
+            deadline += self._sample_before()
             self._crash_seen_to = len(self._target.log)
             self._started = True
             outcome = load(self.service, max(deadline - time.monotonic(), 0.0))
@@ -446,7 +491,23 @@ class Driver:
             self._state = _State.LOADED if outcome.loaded else _State.UNLOADED
             self._loaded_from = begin
         self._raise_crash()
+        self._sample_behind()
         return outcome
+
+    def _sample_before(self) -> float:
+        """Have its pool counted before a load, where nothing else tells of it; how many seconds that took."""
+        if self._state is not _State.UNLOADED or not self._target.samples_pool:
+            return 0.0
+        begin = time.monotonic()
+        self._target.sample_pool(self.service, self._pool_tags, "before")
+        self._sampled_in = self._target.generation
+        return time.monotonic() - begin
+
+    def _sample_behind(self) -> None:
+        """Have its pool counted, if it is gone, and was counted before its load."""
+        if self._state is _State.UNLOADED and self._sampled_in == self._target.generation:
+            self._target.sample_pool(self.service, self._pool_tags, "after")
+            self._sampled_in = None
 
     def _enter(self) -> None:
         """What each call begins with: no news of a crash, and a guest that can be trusted."""
@@ -692,7 +753,7 @@ class Driver:
         need(self._target, capability)
 
     def _refuse_pool(self, unloaded: bool) -> None:
-        self._need("pool")
+        self._need("pool" if unloaded else "pool-blocks")
         if unloaded and self._state is _State.LOADED:
             raise DriverError(
                 "it is still loaded, so nothing has leaked yet: stop it first, or ask for in_use",

@@ -11,7 +11,7 @@ import stat
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -123,10 +123,11 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """What an image wants of one module."""
+    """What an image wants of one module. At ``slots`` is the table of their addresses, 8 bytes each."""
 
     module: str
     symbols: tuple[Symbol, ...]
+    slots: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +219,7 @@ class Image:
                 return
             symbols = self._symbols(lookup or slots, left)
             left -= len(symbols)
-            yield Import(self.text(name), symbols)
+            yield Import(self.text(name), symbols, slots)
 
     def delayed(self) -> Iterator[str]:
         """The names of the modules whose imports it looks up by itself, when they are first called."""

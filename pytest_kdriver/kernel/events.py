@@ -193,6 +193,10 @@ class ProcessorState:
     stack: tuple[int, ...] = ()
 
 
+Moment: TypeAlias = Literal["before", "after"]
+"""When a sample is taken: before a driver's load, or when it is gone again."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolTagUse:
     """What a kernel's counters say of one tag and pool type, "Paged" or "NonPaged".
@@ -208,7 +212,7 @@ class PoolTagUse:
 
 @dataclass(frozen=True, slots=True)
 class PoolTags:
-    """The counters of the tags that ``driver`` is known by: before its load, or when it was gone again.
+    """The counters of the tags that ``driver`` is known by.
 
     A tag that the kernel never saw has none. ``settled`` is False where they were still changing at the
     deadline; then they are the lowest that were seen.
@@ -216,7 +220,7 @@ class PoolTags:
 
     time: float
     driver: str
-    moment: Literal["before", "after"]
+    moment: Moment
     uses: tuple[PoolTagUse, ...]
     settled: bool = True
 

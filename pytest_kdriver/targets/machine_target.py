@@ -7,7 +7,7 @@ import hashlib
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from pytest_kdriver.image.authenticode import read_signature
 from pytest_kdriver.image.pe import ImageLayout, read_image, read_layout
 from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.signing import NotSigned, SignatureError, signed_copy
-from pytest_kdriver.kernel.events import Fence, KernelMessage
+from pytest_kdriver.kernel.events import Fence, KernelMessage, Moment
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.leftovers import REMOVERS, SPILL, remove_file
@@ -32,6 +32,7 @@ from pytest_kdriver.targets.machine import (
     Machine,
 )
 from pytest_kdriver.targets.nt_loader import NtLoader
+from pytest_kdriver.targets.pool_sampling import PoolSampling, tells_pool
 from pytest_kdriver.targets.refusals import in_words
 from pytest_kdriver.targets.runs import Run, collect_garbage
 from pytest_kdriver.targets.target import CallTimeout, Io, LoadOutcome, ParameterValue
@@ -68,6 +69,7 @@ class MachineTarget:
         self._log: KernelLog | None = None
         self._guest: Guest | None = None
         self._loader: Loader | None = None
+        self._pool_sampling: PoolSampling | None = None
         self._broken: str | None = None
         self._touched = False
         self._layouts: dict[str, ImageLayout] = {}
@@ -162,6 +164,7 @@ class MachineTarget:
     def _go_on_with(self, guest: Guest) -> None:
         self._guest = guest
         self._loader = WineLoader(self) if self._on_wine else NtLoader(self)
+        self._pool_sampling = None if self._on_wine else PoolSampling(self)
         self._broken = None
         self._touched = False
         if not isinstance(self.machine, LastingMachine):
@@ -178,6 +181,17 @@ class MachineTarget:
                 self._not_in_force = assert_in_force(
                     self.guest.agent, kernel_log=self.guest.feed is not None, target=self.name
                 )
+        self._see_pool()
+
+    def _see_pool(self) -> None:
+        """See whether the pool can be seen: on Wine by its trace, elsewhere by the kernel's counters."""
+        if "pool" not in self.capabilities:
+            return
+        with self.agent_errors("start"):
+            guest = self.guest
+            seen = guest.feed is not None if self._on_wine else tells_pool(guest.agent)
+        if not seen:
+            self.capabilities -= {"pool"}
 
     def _prove_status(self) -> None:
         """See, at the first start, that a Windows gives DriverEntry's status back.
@@ -504,6 +518,16 @@ class MachineTarget:
     def load_by_service_manager(self, service: str, timeout: float) -> LoadOutcome:
         """See ``Target``."""
         return self._loaded_by.load_by_service_manager(service, self._layouts[service], timeout)
+
+    @property
+    def samples_pool(self) -> bool:
+        """See ``Target``."""
+        return self._pool_sampling is not None and "pool" in self.capabilities
+
+    def sample_pool(self, service: str, tags: Collection[str], moment: Moment) -> None:
+        """See ``Target``."""
+        if self._pool_sampling is not None:
+            self._pool_sampling.sample(service, tags, moment)
 
     def unload(self, service: str, timeout: float) -> NTSTATUS | Win32Error:
         """See ``Target``."""

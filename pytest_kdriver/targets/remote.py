@@ -32,7 +32,7 @@ from pytest_kdriver.targets.machine import FOLDER, Guest, Installed
 from pytest_kdriver.targets.runs import Run
 from pytest_kdriver.win32error import Win32Error
 
-CAPABILITIES: Final = frozenset({"programs"})
+CAPABILITIES: Final = frozenset({"programs", "pool"})
 
 ATTEMPT: Final = 10.0
 """Seconds that one attempt to reach the machine may take at first; the next after one that was cut off may

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from pytest_kdriver.guest.agent import Agent, IoResult, OpenResult
 from pytest_kdriver.image.preflight import Report
+from pytest_kdriver.kernel.events import Moment
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.win32error import Win32Error
@@ -138,6 +139,18 @@ class Target(Protocol):
 
     def load_by_service_manager(self, service: str, timeout: float) -> LoadOutcome:
         """The same, but as ``sc start`` does it."""
+        ...
+
+    @property
+    def samples_pool(self) -> bool:
+        """Whether its pool is seen by ``sample_pool`` alone; elsewhere the log has each block, or nothing."""
+        ...
+
+    def sample_pool(self, service: str, tags: Collection[str], moment: Moment) -> None:
+        """Have the log hold the kernel's counters of a driver's ``tags``, once they have settled.
+
+        To be done before each load, and when the driver is gone again. Raises ``TargetError``.
+        """
         ...
 
     def unload(self, service: str, timeout: float) -> NTSTATUS | Win32Error:

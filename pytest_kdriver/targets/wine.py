@@ -28,7 +28,9 @@ from pytest_kdriver.targets.machine_target import START_TIMEOUT, MachineTarget
 from pytest_kdriver.targets.pump import MessagePump
 from pytest_kdriver.targets.runs import Run
 
-CAPABILITIES: Final = frozenset({"kernel-log", "pool", "crashes", "snapshots", "programs"})
+CAPABILITIES: Final = frozenset(
+    {"kernel-log", "pool", "pool-blocks", "crashes", "snapshots", "programs"}
+)
 
 START_ATTEMPTS: Final = 3
 """On a busy machine a Wine process was seen, once in thousands of starts, to be gone before anything ran in
