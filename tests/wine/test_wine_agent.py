@@ -31,8 +31,10 @@ from pytest_kdriver.guest.links.process import ProcessLink
 from pytest_kdriver.guest.registry import RegistryValue
 from pytest_kdriver.guest.wire import Message, from_bytes, to_bytes
 from pytest_kdriver.image.cargo import Cargo
+from pytest_kdriver.kernel.pool_tags import SYSTEM_POOL_TAG_INFORMATION
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets import prefix
+from pytest_kdriver.targets.pool_sampling import tells_pool
 from pytest_kdriver.targets.runs import Run
 from pytest_kdriver.win32error import Win32Error
 
@@ -472,6 +474,12 @@ class TestSystemInformation:
         with pytest.raises(AgentError) as caught:
             agent.system_information(0x7FFF)
         assert caught.value.code is NTSTATUS.STATUS_INVALID_INFO_CLASS
+
+    def test_of_pool_tags_is_not_there(self, agent: Agent) -> None:
+        with pytest.raises(AgentError) as caught:
+            agent.system_information(SYSTEM_POOL_TAG_INFORMATION)
+        assert caught.value.code is NTSTATUS.STATUS_INVALID_INFO_CLASS
+        assert not tells_pool(agent)
 
 
 class TestTheClock:

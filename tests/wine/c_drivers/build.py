@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -55,22 +56,37 @@ def build_probe(variant: Variant, folder: Path) -> Path:
     """``probe.sys`` in a folder of its own below ``folder``. Fails the test where a tool is missing."""
     place = folder / str(variant)
     place.mkdir()
-    compiled, image = place / "probe.o", place / "probe.sys"
-    gcc = compiler()
-    _run(
-        gcc,
-        *("-Wall", "-Wextra", "-Werror", "-O1", "-g", "-ffreestanding", "-fno-stack-protector"),
-        *("-isystem", str(_headers(gcc))),
-        *("-c", str(SOURCE), "-o", str(compiled)),
-    )
-    options = ["--subsystem", "native", "--entry", "DriverEntry", "-o", str(image)]
+    image = place / "probe.sys"
+    options = []
     if not variant.relocations:
         options += ["--disable-dynamicbase", "--disable-reloc-section"]
     if variant.base is not None:
         options += ["--image-base", hex(variant.base)]
-    libraries = ["-L", str(_library_of(gcc).parent), "-lntoskrnl"]
-    _run(*_linker(variant.linker, gcc), *options, str(compiled), *libraries)
+    _build(SOURCE, image, "-O1", variant.linker, options)
     return image
+
+
+def build_driver(source: Path, *, optimized: str, linker: Linker = Linker.LD) -> Path:
+    """The driver of another C file, beside it. Fails the test where a tool is missing."""
+    image = source.with_name(f"{source.stem}{optimized}-{linker.value}.sys")
+    _build(source, image, optimized, linker, [])
+    return image
+
+
+def _build(
+    source: Path, image: Path, optimized: str, linker: Linker, options: Sequence[str]
+) -> None:
+    gcc = compiler()
+    compiled = image.with_suffix(".o")
+    _run(
+        gcc,
+        *("-Wall", "-Wextra", "-Werror", optimized, "-g", "-ffreestanding", "-fno-stack-protector"),
+        *("-isystem", str(_headers(gcc))),
+        *("-c", str(source), "-o", str(compiled)),
+    )
+    entry = ["--subsystem", "native", "--entry", "DriverEntry", "-o", str(image)]
+    libraries = ["-L", str(_library_of(gcc).parent), "-lntoskrnl"]
+    _run(*_linker(linker, gcc), *entry, *options, str(compiled), *libraries)
 
 
 def _linker(linker: Linker, gcc: str) -> list[str]:
