@@ -35,6 +35,7 @@ DOCUMENTS = (
 )
 
 TABLES = {
+    "docs/kernel-log.md#not-verified-on-windows": ("| claim |", 0),
     "docs/remote.md#when-something-goes-wrong": ("| Windows says |", 0),
     "docs/signing.md#not-verified-on-windows": ("| | source |", 0),
     "docs/targets.md#wine": ("| | Wine | Windows |", 2),

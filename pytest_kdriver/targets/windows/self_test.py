@@ -16,7 +16,7 @@ from pytest_kdriver.errors import KdriverError
 from pytest_kdriver.image.signing import SigningError
 from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.target import CallTimeout, NoUnload
-from pytest_kdriver.targets.windows import trials
+from pytest_kdriver.targets.windows import kernel_log_trials, trials
 from pytest_kdriver.targets.windows.answer_file import AGENT_SERVICE
 from pytest_kdriver.targets.windows.settings import DEBUGGER, Wanted, settings
 from pytest_kdriver.targets.windows.trials import (
@@ -54,6 +54,7 @@ class Result:
 
 
 REMOTE: Final = "docs/remote.md#when-something-goes-wrong"
+KERNEL_LOG: Final = "docs/kernel-log.md#not-verified-on-windows"
 SIGNING: Final = "docs/signing.md#not-verified-on-windows"
 WINE: Final = "docs/targets.md#wine"
 SETTINGS: Final = "docs/windows.md#settings"
@@ -62,7 +63,9 @@ IN_FORCE: Final = "docs/windows.md#in-force"
 _TAKES_A_DEVICE: Final = (
     "takes a driver with a device: tests/drivers, run with this target, show it"
 )
-_NO_LOG: Final = "nothing reads the kernel log of a Windows yet"
+_PRINTS: Final = (
+    'takes a driver that prints so: a test of your own, with kernel_log = "kd", shows it'
+)
 _INSTALLED: Final = "kdriver image build shows it"
 _UNTIL_RESTART: Final = "would take the machine down, or need a restart of it"
 
@@ -303,7 +306,7 @@ _SIGNING: Final = (
         text="a debugger lifts all this, unless CI\\DebugFlags is 0x10",
         where=SIGNING,
         row="a debugger lifts all this",
-        trial="takes a kernel debugger",
+        trial="would load what nobody signed",
     ),
     Claim(
         text="an embedded signature is enough",
@@ -381,13 +384,13 @@ _UNLIKE_WINE: Final = (
         text="a DbgPrint is cut at 512 bytes",
         where=WINE,
         row="a DbgPrint of more than 950 bytes",
-        trial=_NO_LOG,
+        trial=_PRINTS,
     ),
     Claim(
         text="a print without a newline gets none",
         where=WINE,
         row="a print without a newline",
-        trial=_NO_LOG,
+        trial=_PRINTS,
     ),
     Claim(
         text="what IRP_MJ_CREATE answers fails the open",
@@ -433,6 +436,68 @@ _UNLIKE_WINE: Final = (
     ),
 )
 
+_KERNEL_LOG: Final = tuple(
+    Claim(
+        text=text,
+        where=KERNEL_LOG,
+        row=text,
+        how="" if isinstance(trial, str) else how,
+        trial=trial,
+    )
+    for text, how, trial in (
+        (
+            "the kernel answers its debugger on COM1",
+            "meeting it",
+            kernel_log_trials.the_kernel_answers,
+        ),
+        (
+            "each DbgPrint is told before its call returns",
+            "loading hello",
+            kernel_log_trials.a_print_is_told,
+        ),
+        (
+            "each load and unload of a driver is told with base and size",
+            "loading a driver",
+            kernel_log_trials.an_image_is_told,
+        ),
+        (
+            "a driver's int 3 is stepped over, and told",
+            "loading a driver that has one",
+            kernel_log_trials.a_breakpoint_is_told,
+        ),
+        (
+            "a break-in tells where each processor is",
+            "breaking in",
+            kernel_log_trials.processors_are_told,
+        ),
+        (
+            "a crash is told with its bug check, and the guest put back",
+            "loading a driver that writes to address 0",
+            kernel_log_trials.a_crash_is_told,
+        ),
+        (
+            "the pool is counted by tags, in the form that is read here",
+            "asking for them",
+            kernel_log_trials.pool_counters_are_told,
+        ),
+        (
+            "a kernel that is let go on writes its minidump and starts again",
+            "",
+            "takes minutes: a test that crashes, with --kdriver-dumps, shows it",
+        ),
+        (
+            "the panic device is told of a bug check",
+            "",
+            "the debugger is told before it",
+        ),
+        (
+            "COM2 stays COM2 when the debugger takes COM1",
+            "",
+            "an agent at COM2 shows it",
+        ),
+    )
+)
+
 _SETTINGS: Final = tuple(
     Claim(
         text=f"{setting.name}: it is made, and read back",
@@ -470,6 +535,7 @@ CLAIMS: Final = (
     *_REFUSALS,
     *_ASSERTED,
     *_SETTINGS,
+    *_KERNEL_LOG,
 )
 """All, in the order in which they are tried."""
 
