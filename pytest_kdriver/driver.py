@@ -496,7 +496,7 @@ class Driver:
 
     def _sample_before(self) -> float:
         """Have its pool counted before a load, where nothing else tells of it; how many seconds that took."""
-        if self._state is not _State.UNLOADED or not self._target.samples_pool:
+        if self._state is _State.LOADED or not self._target.samples_pool:
             return 0.0
         begin = time.monotonic()
         self._target.sample_pool(self.service, self._pool_tags, "before")
@@ -662,9 +662,9 @@ class Driver:
         elsewhere = self._told_elsewhere
         if elsewhere is not None and threading.get_ident() == self._thread:
             self._told_elsewhere = None
-            raise elsewhere.with_traceback(None)
+            raise elsewhere.with_traceback(None) from None
         if "crashes" in self._target.capabilities and self._find_crash() is not None:
-            raise self._crash_error()
+            raise self._crash_error() from None  # that the agent is gone, too, says nothing more
 
     def _tell(self, error: E) -> E:
         """``error``, about the end of the driver. What another thread hears, the test's own hears as well.
