@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from pytest_kdriver.errors import KernelLogError
 from pytest_kdriver.kernel.events import (
+    DebugPrint,
     DriverInitCalled,
     Event,
     ImageLoaded,
@@ -28,24 +30,11 @@ from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.kernel.pool import Pool, PoolUse
 from pytest_kdriver.kernel.pool_growth import PoolGrowth, chance, growth
 from pytest_kdriver.kernel.pool_tags import decode, difference
+from tests.pool_counters import Counters, entry, information
+from tests.unit.test_kd_replay import replay
 
 RUST = (b"rust", "NonPaged")
 BASE = 0x180000000
-
-
-def entry(
-    tag: bytes, paged: tuple[int, int, int] = (0, 0, 0), non_paged: tuple[int, int, int] = (0, 0, 0)
-) -> bytes:
-    """SYSTEM_POOLTAG, by the offsets in phnt's ntexapi.h."""
-    data = bytearray(40)
-    struct.pack_into("<4sII", data, 0, tag, *paged[:2])
-    struct.pack_into("<Q", data, 16, paged[2])
-    struct.pack_into("<IIQ", data, 24, *non_paged)
-    return bytes(data)
-
-
-def information(*entries: bytes) -> bytes:
-    return struct.pack("<I", len(entries)).ljust(8, b"\0") + b"".join(entries)
 
 
 def rust(blocks: int, size: int = 48) -> tuple[PoolTagUse, ...]:
@@ -279,6 +268,46 @@ def test_trace_and_counters_of_the_same_pool_say_the_same(
     assert by_counters == {
         tag: (count, size + 16 * count) for tag, (count, size) in by_trace.items()
     }
+
+
+PRINTED = re.compile(
+    r"AGENT pooltag rust (\w+): (?:not found|"
+    r"np allocs=(\d+) frees=(\d+) used=(\d+) paged allocs=(\d+) frees=(\d+) used=(\d+))"
+)
+
+
+def recorded() -> list[tuple[str, tuple[PoolTagUse, ...]]]:
+    """The counters that a program on a real NT kernel printed, and when; a driver leaks 20 bytes a load."""
+    found = []
+    for event in replay("boot-load-unload")[0]:
+        if isinstance(event, DebugPrint) and (match := PRINTED.match(event.text)):
+            moment, *numbers = match.groups()
+            entries = [] if numbers[0] is None else [entry(b"rust", *_counters(numbers))]
+            found.append((moment, decode(information(*entries), {"rust"})))
+    return found
+
+
+def _counters(numbers: list[str]) -> tuple[Counters, Counters]:
+    allocated, freed, used, *paged = map(int, numbers)
+    return (paged[0], paged[1], paged[2]), (allocated, freed, used)
+
+
+def test_a_real_kernel_s_counters_tell_of_each_load_s_block() -> None:
+    samples = recorded()
+    assert [moment for moment, _ in samples] == [
+        *("before", "loaded", "unloaded", "loaded", "unloaded", "loaded", "unloaded", "end")
+    ]
+    gone = [uses for moment, uses in samples if moment != "loaded"]
+    assert gone[0] == ()
+    loads = [
+        (sample("before", *before), sample("after", *after))
+        for before, after in itertools.pairwise(gone)  # the last ones have a load between them, too
+    ]
+    view = pool(*itertools.chain(*loads))
+    (use,) = view.leaked
+    assert (use.tag, use.pool_type, use.count, use.size) == ("rust", "NonPaged", 4, 192)
+    (found,) = growth([pool(*load).left for load in loads], shared=view.shared)
+    assert (found.blocks, found.size, found.stayed, found.cycles) == (1, 48, 4, 4)
 
 
 # growth

@@ -36,22 +36,29 @@ def through(instruction: bytes, at: int, target: int) -> bytes:
     return instruction + struct.pack("<i", target - at - len(instruction) - 4)
 
 
+def image_of(
+    *parts: bytes | tuple[bytes, str], imports: tuple[str, ...] = ("ExAllocatePool2",)
+) -> bytes:
+    """An image whose code is ``parts``: bytes, or instructions that refer to a routine's slot."""
+    size = sum(len(part) if isinstance(part, bytes) else len(part[0]) + 4 for part in parts)
+    kernel = {"ntoskrnl.exe": ["DbgPrint", *imports]}
+    empty = parse_image(build(code=bytes(size), imports=kernel, pointers=1), Path("made.sys"))
+    code = b""
+    for part in parts:
+        if isinstance(part, bytes):
+            code += part
+        else:
+            code += through(part[0], PAGE + len(code), slot(empty, part[1]))
+    return build(code=code, imports=kernel, pointers=1)
+
+
 def tags_of(
     tmp_path: Path,
     *parts: bytes | tuple[bytes, str],
     imports: tuple[str, ...] = ("ExAllocatePool2",),
 ) -> UsedTags:
-    """What is found in code of ``parts``: bytes, or instructions that refer to a routine's slot."""
-    size = sum(len(part) if isinstance(part, bytes) else len(part[0]) + 4 for part in parts)
-    kernel = {"ntoskrnl.exe": ["DbgPrint", *imports]}
-    empty = parse_image(build(code=bytes(size), imports=kernel), tmp_path)
-    code = b""
-    for part in parts:
-        if isinstance(part, tuple):
-            part = through(part[0], PAGE + len(code), slot(empty, part[1]))  # noqa: PLW2901
-        code += part
     path = tmp_path / "made.sys"
-    path.write_bytes(build(code=code, imports=kernel))
+    path.write_bytes(image_of(*parts, imports=imports))
     return used_tags(path)
 
 
