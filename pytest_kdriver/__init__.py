@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pytest_kdriver.device import Device, ctl_code
-    from pytest_kdriver.driver import CycleResult, Driver, ServiceState
+    from pytest_kdriver.driver import CycleResult, Cycles, Driver, ServiceState
     from pytest_kdriver.errors import (
         AgentError,
         AgentProtocolError,
@@ -36,12 +36,13 @@ if TYPE_CHECKING:
     )
     from pytest_kdriver.handle import TargetHandle
     from pytest_kdriver.kernel.pool import Caller, Frame, PoolUse, PoolUses, WrongFree
+    from pytest_kdriver.kernel.pool_growth import PoolGrowth
     from pytest_kdriver.ntstatus import NTSTATUS
     from pytest_kdriver.win32error import Win32Error
 
 _HOME = {
     "device": ("Device", "ctl_code"),
-    "driver": ("CycleResult", "Driver", "ServiceState"),
+    "driver": ("CycleResult", "Cycles", "Driver", "ServiceState"),
     "errors": (
         "AgentError",
         "AgentProtocolError",
@@ -66,6 +67,7 @@ _HOME = {
     ),
     "handle": ("TargetHandle",),
     "kernel.pool": ("Caller", "Frame", "PoolUse", "PoolUses", "WrongFree"),
+    "kernel.pool_growth": ("PoolGrowth",),
     "ntstatus": ("NTSTATUS",),
     "win32error": ("Win32Error",),
 }
@@ -80,6 +82,7 @@ __all__ = [
     "CapabilityError",
     "ConfigError",
     "CycleResult",
+    "Cycles",
     "Device",
     "DeviceError",
     "Driver",
@@ -94,6 +97,7 @@ __all__ = [
     "NoSuchLine",
     "NotImplementedByGuest",
     "PoolError",
+    "PoolGrowth",
     "PoolUse",
     "PoolUses",
     "ServiceState",
