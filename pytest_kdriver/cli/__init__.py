@@ -7,10 +7,10 @@ import io
 import sys
 from collections.abc import Sequence
 
-from pytest_kdriver.cli import build, check, doctor, gc, image, run, sign, vm
+from pytest_kdriver.cli import build, check, doctor, dump, gc, image, kd, run, sign, vm
 from pytest_kdriver.errors import ConfigError, KdriverError
 
-COMMANDS = (run, check, build, sign, image, vm, doctor, gc)
+COMMANDS = (run, check, build, sign, image, vm, kd, dump, doctor, gc)
 
 EXIT_OK = 0
 EXIT_FAILED = 1
