@@ -3,6 +3,7 @@
 # make check   format, lint, types, imports; Rust too
 # make soak    the long tests
 # make test-trixie  all tests but the long ones on Debian 13 (Wine 10), in a chroot: scripts/trixie
+# make fuzz    a million inputs for each parser of what a guest sends: bench/fuzz.json. Some hours
 # make bench   speed and scale, against the floor: a table, and bench/results.json
 # make format  put Python and Rust into shape
 # make wheel   dist/*.whl and dist/*.tar.gz
@@ -17,7 +18,7 @@ CARGO_MANIFESTS := $(wildcard drivers/Cargo.toml vm/Cargo.toml)
 CHECKED_MANIFESTS := $(CARGO_MANIFESTS) bench/floor/Cargo.toml
 ARGS :=
 
-.PHONY: demo test test-trixie check soak bench format wheel clean setup setup-tests
+.PHONY: demo test test-trixie check soak fuzz bench format wheel clean setup setup-tests
 .NOTPARALLEL:
 
 demo: setup
@@ -43,6 +44,10 @@ test-trixie:
 
 soak: setup-tests
 	@$(PYTEST) --kdriver-vm wine -m soak --timeout 0 $(ARGS)
+
+fuzz: setup
+	@$(BIN)/python -m pip install --quiet --group fuzz || echo "no atheris here: changes by chance instead"
+	@nice -n 10 $(BIN)/python -m fuzz $(ARGS)
 
 bench: setup-tests
 	@$(BIN)/python -m bench $(ARGS)

@@ -1,0 +1,1 @@
+"""Inputs from a hostile guest, by the million: ``python -m fuzz``, or ``make fuzz``."""
