@@ -12,7 +12,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import clone, cycle, first_driver, flood, ioctl, preflight, symbols, unused, vm, winrm
+from bench import (
+    clone,
+    cycle,
+    first_driver,
+    flood,
+    ioctl,
+    kd,
+    preflight,
+    symbols,
+    unused,
+    vm,
+    winrm,
+)
 from bench.figure import Figure
 from bench.table import render
 
@@ -27,6 +39,7 @@ MEASUREMENTS = {
     "preflight": preflight.measure,
     "symbols": symbols.measure,
     "winrm": winrm.measure,
+    "kd": kd.measure,
     "vm": vm.measure,
 }
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench.figure import Figure, median
 from bench.guest import bare_prefix, driver_image, wine_target
+from bench.memory import MEBIBYTE, forget_peak, peak
 from pytest_kdriver.driver import Driver
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.executable import AGENT
@@ -25,7 +25,6 @@ LINES = 100_000
 LENGTH = 60
 RUNS = 5
 _PARAMETERS = {"Lines": LINES, "Length": LENGTH}
-_MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def measure() -> list[Figure]:
         ),
         Figure(
             name="flood, memory",
-            value=max(flood.memory for flood in floods) / _MEBIBYTE,
+            value=max(flood.memory for flood in floods) / MEBIBYTE,
             unit="MiB",
             limit=50,
             note="growth of the host's process, at its peak, the list of lines included; the largest",
@@ -74,12 +73,12 @@ def measure() -> list[Figure]:
 def _flood() -> _Flood:
     with wine_target() as target:
         driver = Driver(target, driver_image("chatty"), name="chatty", parameters=_PARAMETERS)
-        before = _forget_peak()
+        before = forget_peak()
         begin = time.perf_counter()
         driver.start()
         lines = driver.dbgprint.lines
         seconds = time.perf_counter() - begin
-        grown = _memory("VmHWM") - before
+        grown = peak() - before
         driver.stop()
     wanted = {f"{number} " for number in range(1, LINES + 1)}
     lost = wanted - {line[: line.index(" ") + 1] for line in lines if len(line) == LENGTH}
@@ -119,16 +118,3 @@ def _discarding_agent() -> Iterator[Agent]:
 def _discard(connection: socket.socket) -> None:
     while connection.recv(RECEIVE_BUFFER):
         pass
-
-
-def _forget_peak() -> int:
-    """The bytes that this process has in memory now, from which its peak is counted anew."""
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-    return _memory("VmRSS")
-
-
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)

@@ -77,8 +77,8 @@ class Lag:
     """How long the guest waited for us, in seconds: from its bytes in the socket to our answer's.
 
     Each time is the most that it can have been: where bytes were there when the thread looked, it counts from
-    when it had looked before. Where this process had no processor, or the thread not the interpreter, that is
-    seen if it took longer than ``LOOK``.
+    its last answer, or from when it had looked before. Where this process had no processor, or the thread not
+    the interpreter, that is seen if it took longer than ``LOOK``.
     """
 
     longest: float
@@ -132,6 +132,8 @@ class SerialPump:
         self._answers = 0
         self._waited = 0.0
         self._longest = 0.0
+        self._looked = time.monotonic()
+        """When the guest had all that it waited for, as far as that is known."""
         self._adopt(connect(self._address, timeout))
         self._wake, self._woken = socket.socketpair()
         self._poll.register(self._woken, select.POLLIN)
@@ -227,7 +229,6 @@ class SerialPump:
             self._drop()
 
     def _serve(self) -> None:
-        looked = time.monotonic()
         closing: float | None = None
         while closing is None or not self._may_close(closing):
             deadline = self._source.next_deadline()
@@ -247,8 +248,9 @@ class SerialPump:
                     if what & ~select.POLLOUT:
                         data = self._receive()
             if data or deadline is not None or self._tasks:
-                self._feed(data, now, looked if now - asked < _AT_ONCE else now)
-            looked = now
+                self._feed(data, now, self._looked if now - asked < _AT_ONCE else now)
+            else:
+                self._looked = now
             if is_woken:
                 if not self._woken.recv(64):
                     self._poll.unregister(self._woken)
@@ -259,13 +261,15 @@ class SerialPump:
     def _feed(self, data: bytes, now: float, since: float) -> None:
         """Have the source take ``data``, which came at ``since`` or later; answer, then think."""
         events: Sequence[Event] = ()
+        self._looked = now
         try:
             events = self._source.receive_data(data, now)
             answer = self._source.data_to_send()
             if answer:
                 self._send(answer)
+                self._looked = time.monotonic()
                 if data:
-                    waited = time.monotonic() - since
+                    waited = self._looked - since
                     self._answers += 1
                     self._waited += waited
                     if waited > self._longest:  # noqa: PLR1730 -- max() takes longer
