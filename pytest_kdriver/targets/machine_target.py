@@ -147,6 +147,7 @@ class MachineTarget:
             self.generation += 1
             self._go_on_with(self.machine.boot(self._run, self.log, self.generation))
             self._verify()
+            self._see_pool()
             self._clean()
             self._prove_status()
             self._tell_lacking()
@@ -181,7 +182,6 @@ class MachineTarget:
                 self._not_in_force = assert_in_force(
                     self.guest.agent, kernel_log=self.guest.feed is not None, target=self.name
                 )
-        self._see_pool()
 
     def _see_pool(self) -> None:
         """See whether the pool can be seen: on Wine by its trace, elsewhere by the kernel's counters."""
