@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from pytest_kdriver.kernel.dump import Dump, read_dump
+from pytest_kdriver.kernel.dump_memory import with_memory
 from pytest_kdriver.kernel.text import printable
 from pytest_kdriver.ntstatus import NTSTATUS
 
@@ -24,6 +25,12 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "file", nargs="+", type=Path, metavar="FILE", help="a minidump, or a MEMORY.DMP"
     )
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="look into the memory of a kernel dump or a complete one, too, for its modules and its stack: "
+        "takes the extra dumps, and some time",
+    )
     parser.add_argument("--json", action="store_true", help="as a JSON list, for programs")
     parser.set_defaults(call=call)
 
@@ -31,6 +38,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def call(options: argparse.Namespace) -> int:
     """Read them all, then tell."""
     dumps = [(file, read_dump(file)) for file in options.file]
+    if options.deep:
+        dumps = [(file, dump if dump.modules else with_memory(file, dump)) for file, dump in dumps]
     if options.json:
         print(json.dumps([as_json(file, dump) for file, dump in dumps], indent=2))
         return 0

@@ -23,7 +23,7 @@ from pytest_kdriver.kernel.bug_checks import describe_bug_check, name_of
 HEADER_SIZE: Final = 0x2000
 MODULES_MOST: Final = 4096
 STACK_MOST: Final = 32
-"""So many return addresses are looked for on a minidump's stack."""
+"""So many return addresses are looked for on a stack."""
 
 _TRIAGE_SIZE: Final = 0x80
 _NAMES_MOST: Final = 4 << 20
@@ -36,13 +36,15 @@ _KERNEL_SPACE: Final = 0xFFFF_8000_0000_0000
 _PAGE: Final = 0x1000
 _IMAGE_MOST: Final = 512 << 20
 _UNSET: Final = (0x4547_4150, 0x4547_4150_4547_4150)
+_HEADER_ALONE: Final = 3
 _MINIDUMP: Final = 4
 _AMD64: Final = 0x8664
+_CONTEXT_CONTROL: Final = 0x0010_0001
 _MACHINES: Final = {_AMD64: "x64", 0xAA64: "ARM64"}
 _TYPES: Final = {
     1: "complete dump",
     2: "kernel dump",
-    3: "header of a dump",
+    _HEADER_ALONE: "header of a dump",
     _MINIDUMP: "minidump",
     5: "complete dump",
     6: "kernel dump",
@@ -102,6 +104,9 @@ class Dump:
     modules: tuple[Module, ...] = ()
     stack: tuple[int, ...] = ()
     missing: tuple[str, ...] = ()
+    module_list: int | None = None
+    """Of x64, where the dump has memory: the address of PsLoadedModuleList, for ``dump_memory``."""
+    stack_pointer: int | None = None
 
     @property
     def name(self) -> str:
@@ -153,9 +158,11 @@ def parse_dump(file: BinaryIO, name: str) -> Dump:
         except DumpError as error:
             missing.append(str(error))
     if not modules:
-        missing.append("modules" if kind == _MINIDUMP else "modules: they are in its memory")
-    told_time, uptime = _time(header), _uptime(header)
-    exception, instruction = _exception(header), _instruction(header, machine)
+        missing.append("modules" if kind == _MINIDUMP else "modules, which are in its memory")
+    told_time, uptime, exception = _time(header), _uptime(header), _exception(header)
+    instruction, pointer = _registers(header, machine) or (None, None)
+    (listed,) = struct.unpack_from("<Q", header, 0x20)
+    has_memory = pointer is not None and kind not in (_HEADER_ALONE, _MINIDUMP)
     for what, value in (
         ("time", told_time),
         ("uptime", uptime),
@@ -181,7 +188,27 @@ def parse_dump(file: BinaryIO, name: str) -> Dump:
         modules=modules,
         stack=stack,
         missing=tuple(missing),
+        module_list=listed if has_memory else None,
+        stack_pointer=pointer if has_memory else None,
     )
+
+
+def is_image(base: int, size: int) -> bool:
+    """Whether an image of the kernel's may lie at ``base``, ``size`` bytes long."""
+    return base >= _KERNEL_SPACE and not base % _PAGE and 0 < size <= _IMAGE_MOST
+
+
+def addresses_in(modules: tuple[Module, ...], stack: bytes) -> Iterator[int]:
+    """The first addresses in ``stack`` that lie in one of ``modules``, which are sorted."""
+    bases = [module.base for module in modules]
+    found = 0
+    for (value,) in struct.iter_unpack("<Q", stack[: len(stack) & ~7]):
+        nearest = bisect_right(bases, value) - 1
+        if nearest >= 0 and value < bases[nearest] + modules[nearest].size:
+            yield value
+            found += 1
+            if found == STACK_MOST:
+                return
 
 
 class _Reader:
@@ -218,11 +245,12 @@ def _exception(header: bytes) -> DumpException | None:
     return None if code in (0, *_UNSET) else DumpException(code, address)
 
 
-def _instruction(header: bytes, machine: int) -> int | None:
-    """Rip of the CONTEXT at 0x348, where its flags say that it is one of x64 and has it."""
+def _registers(header: bytes, machine: int) -> tuple[int, int] | None:
+    """Rip and Rsp of the CONTEXT at 0x348, where its flags say that it is one of x64 and has them."""
     (flags,) = struct.unpack_from("<I", header, 0x348 + 0x30)
-    (rip,) = struct.unpack_from("<Q", header, 0x348 + 0xF8)
-    return int(rip) if machine == _AMD64 and flags & 0x0010_0001 == 0x0010_0001 else None
+    stack, instruction = struct.unpack_from("<Q88xQ", header, 0x348 + 0x98)
+    there = machine == _AMD64 and flags & _CONTEXT_CONTROL == _CONTEXT_CONTROL
+    return (instruction, stack) if there else None
 
 
 def _modules(reader: _Reader, triage: bytes) -> Iterator[Module]:
@@ -239,7 +267,7 @@ def _modules(reader: _Reader, triage: bytes) -> Iterator[Module]:
         (base,) = struct.unpack_from("<Q", entries, entry + 0x38)
         (image,) = struct.unpack_from("<I", entries, entry + 0x48)
         name = _name(names, name_at - names_at)
-        if name and base >= _KERNEL_SPACE and not base % _PAGE and 0 < image <= _IMAGE_MOST:
+        if name and is_image(base, image):
             yield Module(name, base, image)
 
 
@@ -256,13 +284,4 @@ def _name(names: bytes, at: int) -> str:
 
 def _stack(reader: _Reader, triage: bytes, modules: tuple[Module, ...]) -> Iterator[int]:
     at, size = struct.unpack_from("<2I", triage, 0x28)
-    data = reader.read(at, min(size, _STACK_BYTES_MOST) & ~7)
-    bases = [module.base for module in modules]
-    found = 0
-    for (value,) in struct.iter_unpack("<Q", data):
-        nearest = bisect_right(bases, value) - 1
-        if nearest >= 0 and value < bases[nearest] + modules[nearest].size:
-            yield value
-            found += 1
-            if found == STACK_MOST:
-                return
+    return addresses_in(modules, reader.read(at, min(size, _STACK_BYTES_MOST)))

@@ -57,7 +57,7 @@ def test_the_command_tells_it_to_programs(
     assert (told["name"], told["words"], told["machine"]) == (None, [], "ARM64")
     assert told["exception"]["name"] == "STATUS_BREAKPOINT (0x80000003)"
     assert told["instruction"] is None
-    assert told["missing"] == ["modules: they are in its memory", "instruction pointer"]
+    assert told["missing"] == ["modules, which are in its memory", "instruction pointer"]
 
 
 @pytest.mark.parametrize("content", [b"nonsense", None])

@@ -84,7 +84,7 @@ def test_the_size_of_an_entry_is_learnt_from_the_list(size: int) -> None:
 def test_a_kernel_dump_has_its_modules_elsewhere() -> None:
     dump = parse(bytes(header(kind=KERNEL, code=0x50, parameters=(8, 2, 3, 0))))
     assert (dump.kind, dump.code, dump.modules) == ("kernel dump", 0x50, ())
-    assert dump.missing == ("modules: they are in its memory",)
+    assert dump.missing == ("modules, which are in its memory",)
     assert dump.words == ["write of 0x8 (likely a null pointer), by 0x3"]
 
 
