@@ -28,6 +28,9 @@ ALLOCATORS: Final = frozenset(
 )
 """The kernel's routines whose third argument is a tag."""
 
+MAX_CODE: Final = 16 << 20
+"""Bytes of an image's code that are looked through."""
+
 _REACH: Final = 48
 """So many bytes before a call its tag may be loaded."""
 
@@ -83,11 +86,9 @@ def _calls(image: Image) -> Iterator[bytes]:
         for index, symbol in enumerate(imported.symbols)
         if symbol in ALLOCATORS
     }
-    sections = [
-        (section.address, image.read(section.address, min(section.size, section.stored)))
-        for section in image.sections
-        if slots and section.flags & SectionFlag.EXECUTE
-    ]
+    sections = list(_code(image)) if slots else []
+    if sum(len(code) for _, code in sections) == MAX_CODE:
+        yield b""
     thunks = set()
     held = False
     for address, code in sections:
@@ -104,6 +105,16 @@ def _calls(image: Image) -> Iterator[bytes]:
                 yield _before(code, at)
         if held:
             yield from _calls_by_register(code)
+
+
+def _code(image: Image) -> Iterator[tuple[int, bytes]]:
+    """The sections that can be executed, and their addresses; ``MAX_CODE`` bytes at most."""
+    left = MAX_CODE
+    for section in image.sections:
+        if section.flags & SectionFlag.EXECUTE:
+            size = min(section.size, section.stored, left)
+            left -= size
+            yield section.address, image.read(section.address, size)
 
 
 def _calls_by_register(code: bytes) -> Iterator[bytes]:

@@ -93,15 +93,15 @@ def test_many_cycles_tell_what_each_leaves(
 
         @pytest.mark.kdriver("leaks.sys", parameters={"Blocks": 1, "Bytes": 20}, leaks="allow")
         def test_cycles(kdriver):
-            cycles = kdriver.cycle(20)
-            assert [cycle.leaked.total_count for cycle in cycles] == [1] * 20
+            cycles = kdriver.cycle(10)
+            assert [cycle.leaked.total_count for cycle in cycles] == [1] * 10
             (growth,) = cycles.growth
             assert (growth.tag, growth.blocks, growth.size) == ("leak", 1, 20)
             assert growth.certain
 
         @pytest.mark.kdriver("leaks.sys", parameters={"Blocks": 0})
         def test_clean_cycles(kdriver):
-            assert kdriver.cycle(20).growth == ()
+            assert kdriver.cycle(10).growth == ()
         """
     )
     result = run()
