@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_kdriver.image import pool_tags
 from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.image.pe import Image, parse_image
 from pytest_kdriver.image.pool_tags import UsedTags, default_tag, used_tags
@@ -123,6 +124,13 @@ class TestCode:
         assert tags_of(tmp_path, *code, (CALL, "ExAllocatePool2")) == found(
             "one ", "two ", all_seen=False
         )
+
+    def test_beyond_a_driver_s_size_is_not_looked_at(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(pool_tags, "MAX_CODE", 20)
+        code = (LOAD + b"mine", (CALL, "ExAllocatePool2"))
+        assert tags_of(tmp_path, *code, *code) == found("mine", all_seen=False)
 
     def test_that_is_damaged_has_none(self, tmp_path: Path) -> None:
         path = tmp_path / "a.sys"
