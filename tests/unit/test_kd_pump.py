@@ -24,8 +24,9 @@ from pytest_kdriver.kernel.events import (
     ProcessorState,
 )
 from pytest_kdriver.kernel.log import KernelLog
-from pytest_kdriver.kernel.sources.kd.session import KdState
+from pytest_kdriver.kernel.sources.kd.session import KdSession, KdState
 from pytest_kdriver.kernel.sources.text import SerialText
+from pytest_kdriver.targets import kd_pump
 from pytest_kdriver.targets.kd_pump import HELD_UP, KdPump, SerialPump
 from tests.kd.simulator import KERNEL, KdTarget
 from tests.nt.debug_port import DebugPort
@@ -55,6 +56,12 @@ def wait_until(pump: SerialPump, is_so: Callable[[], bool]) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         pump.catch_up()
+
+
+def print_packet(text: bytes, identifier: int) -> bytes:
+    payload = struct.pack("<IHHII", 0x3230, 15, 0, len(text), 0) + text
+    header = struct.pack("<IHHII", 0x30303030, 3, len(payload), identifier, sum(payload))
+    return header + payload + b"\xaa"
 
 
 @contextmanager
@@ -369,13 +376,7 @@ class TestOfAKernelThatIsNone:
     def test_one_that_takes_no_answers_is_given_up_on(
         self, peer: socket.socket, path: Path, log: KernelLog
     ) -> None:
-        payload = struct.pack("<IHHII", 0x3230, 15, 0, 2, 0) + b"x\n"
-        packets = b"".join(
-            struct.pack("<IHHII", 0x30303030, 3, len(payload), 0x80800000 | flip, sum(payload))
-            + payload
-            + b"\xaa"
-            for flip in (0, 1)
-        )
+        packets = print_packet(b"x\n", 0x80800000) + print_packet(b"x\n", 0x80800001)
         with a_pump(path, log) as pump:
             connection, _ = peer.accept()
             with connection:
@@ -383,6 +384,29 @@ class TestOfAKernelThatIsNone:
                 while pump.failure is None:
                     connection.sendall(packets * 100)
             assert pump.failure == "the guest takes no answers"
+
+    def test_one_that_answers_no_more_is_a_failure_until_it_does(
+        self, peer: socket.socket, path: Path, log: KernelLog
+    ) -> None:
+        class Quick(KdSession):
+            """A session that loses the kernel at a word, and not after its own 20 s."""
+
+            def receive_data(self, data: bytes, now: float) -> list[Event]:
+                if data == b"lost":
+                    self.state = KdState.LOST
+                    return []
+                return super().receive_data(data, now)
+
+        pump = KdPump(path, log, "test", session=Quick())
+        connection, _ = peer.accept()
+        with connection:
+            connection.sendall(b"lost")
+            wait_until(pump, lambda: pump.failure is not None)
+            assert pump.failure == "the guest's kernel does not answer its debugger any more"
+            connection.sendall(print_packet(b"back\n", 0x80800800))
+            wait_for(log, lambda event: isinstance(event, DebugPrint))
+            wait_until(pump, lambda: pump.failure is None)
+        pump.close()
 
     def test_a_source_that_breaks_is_told(
         self, peer: socket.socket, path: Path, log: KernelLog
@@ -448,30 +472,54 @@ class TestOfText:
         log.wait(0, time.monotonic() + 0.3)
         assert time.process_time() - before < 0.2
 
-    def test_a_time_in_which_nobody_answered_is_told(self, peer: socket.socket, path: Path) -> None:
-        class Held(KernelLog):
-            """A log that takes its first event when it is let."""
 
-            def append(self, events: Sequence[Event]) -> None:
-                let.wait(PATIENCE)
-                super().append(events)
+class Held(KernelLog):
+    """A log that takes its first event when it is let."""
 
-        let, log = threading.Event(), Held()
-        pump = SerialPump(path, SerialText(), log, "test")
+    def __init__(self) -> None:
+        super().__init__()
+        self.let = threading.Event()
+
+    def append(self, events: Sequence[Event]) -> None:
+        self.let.wait(PATIENCE)
+        super().append(events)
+
+
+class TestOfATimeInWhichNobodyAnswered:
+    @pytest.fixture
+    def held(self) -> Held:
+        return Held()
+
+    def print_while_held(self, peer: socket.socket, held: Held) -> None:
+        """Have a print wait for more than ``HELD_UP``, behind another one that holds up the pump."""
         connection, _ = peer.accept()
         with connection:
             connection.settimeout(PATIENCE)
-            connection.sendall(b"first\r\nkdb:> ")
-            assert connection.recv(10)
-            connection.sendall(b"\r\nkdb:> ")
-            later = threading.Timer(HELD_UP + 0.1, let.set)
+            connection.sendall(print_packet(b"first\n", 0x80800800))
+            assert len(connection.recv(100)) == 16
+            connection.sendall(print_packet(b"second\n", 0x80800001))
+            later = threading.Timer(HELD_UP + 0.1, held.let.set)
             later.start()
-            assert connection.recv(10)
-            wait_for(log, lambda event: isinstance(event, KernelMessage))
-        later.join()
-        pump.close()
-        assert "nobody answered the guest for 1." in messages(log)[0]
-        assert pump.lag.longest > HELD_UP
+            assert len(connection.recv(100)) == 16
+            wait_for(held, lambda event: isinstance(event, KernelMessage))
+            later.join()
+
+    def test_it_is_told_and_no_more(self, peer: socket.socket, path: Path, held: Held) -> None:
+        with a_pump(path, held) as pump:
+            self.print_while_held(peer, held)
+            assert pump.failure is None
+            assert pump.lag.longest > HELD_UP
+        assert "nobody answered the guest for 1." in messages(held)[0]
+        assert printed(held) == [b"first\n", b"second\n"]
+
+    def test_it_is_a_failure_where_the_kernel_may_have_gone_on(
+        self, peer: socket.socket, path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kd_pump, "GIVEN_UP", HELD_UP)
+        with a_pump(path, held) as pump:
+            self.print_while_held(peer, held)
+            assert pump.failure is not None
+            assert "had no debugger for 1." in pump.failure
 
 
 class TestOfAddresses:
