@@ -5,6 +5,8 @@ The lines are those of a real one, as in the capture of its KD traffic, and as i
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,12 @@ from pytest_kdriver.kernel.events import (
     ImageLoaded,
     ImageUnloaded,
 )
+from pytest_kdriver.kernel.sources.kd.packets import (
+    DataPacket,
+    PacketReader,
+    PacketType,
+    read_debug_io,
+)
 from pytest_kdriver.kernel.sources.text import (
     BUG_CHECK_WAITS,
     LINE_MOST,
@@ -24,6 +32,7 @@ from pytest_kdriver.kernel.sources.text import (
     SerialText,
 )
 
+CAPTURES = Path(__file__).parents[1] / "data" / "kd"
 LOADING = (
     rb"(/ntoskrnl/mm/ARM3/sysldr.c:170) Loading: \SystemRoot\system32\drivers\bug.sys "
     b"at FFFFF88004EBE000 with 3b pages\r\n"
@@ -219,3 +228,30 @@ def test_what_a_hostile_guest_can_have_kept_is_bounded() -> None:
     assert len(told.stack) == 32
     gone = [source.receive_data(UNLOADING.replace(b"bug", b"%d" % n), 1.0) for n in range(3000)]
     assert sum(len(besides_prints(events)) for events in gone) == 1024
+
+
+def prints_of(capture: str) -> bytes:
+    """What a real kernel printed, as it would write it on a port without KD."""
+    packets = PacketReader().receive((CAPTURES / f"{capture}.target.bin").read_bytes())
+    texts = [
+        read_debug_io(packet.payload)
+        for packet in packets
+        if isinstance(packet, DataPacket) and packet.type == PacketType.DEBUG_IO
+    ]
+    return b"".join(text.text for text in texts if text).replace(b"\n", b"\r\n")
+
+
+def test_a_real_kernels_prints_are_lines_images_and_its_bug_check() -> None:
+    text = prints_of("bugcheck")
+    source = SerialText()
+    events = [*source.receive_data(text, 1.0), *source.receive_data(b"", 4.0)]
+    assert printed(events) == text.replace(b"\r", b"")
+    told = besides_prints(events)
+    images = [event.driver for event in told if isinstance(event, ImageLoaded)]
+    assert len(images) == text.count(b") Loading: ")
+    assert {"hello", "fail", "fail2", "bug"} <= set(images)
+    gone = [event.driver for event in told if isinstance(event, ImageUnloaded)]
+    assert len(gone) == text.count(b") Leaking driver: ")
+    assert "bug" not in gone
+    checks = [event for event in told if isinstance(event, BugCheck)]
+    assert checks == [BugCheck(4.0, None, 0xDEADBEEF, (1, 2, 3, 4))]
