@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import PurePath
@@ -155,7 +155,7 @@ def _wrong(key: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"kdriver: {key} is {value!r}; allowed: {allowed}")
 
 
-_CHECKS: Final = {
+_CHECKS: Final[Mapping[str, Callable[[object], Any]]] = {
     "name": _name,
     "parameters": _parameters,
     "service": _service,
