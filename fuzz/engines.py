@@ -29,7 +29,7 @@ LONGEST: Final = 10 << 10
 
 _SAMPLED: Final = 1000
 _BATCH: Final = 2000
-_TOLD: Final = 20_000
+_TELL_EACH: Final = 2.0
 
 
 class Tally:
@@ -39,7 +39,7 @@ class Tally:
         self._target = target
         self._count = count
         self._result = result
-        self._began = time.monotonic()
+        self._began = self._told = time.monotonic()
         self._slowest = 0.0
         self._most_memory = 0
         self.tried = 0
@@ -48,11 +48,13 @@ class Tally:
         """Try ``data``. Raises what it shows."""
         try:
             self._check(data)
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:
             self._result.with_suffix(".input").write_bytes(data)
             self.tell(f"{type(error).__name__}: {error}")
             raise
-        if self.tried % _TOLD == 0:
+        if time.monotonic() >= self._told + _TELL_EACH:
             self.tell()
         if self.tried >= self._count:
             self.tell()
@@ -60,6 +62,7 @@ class Tally:
 
     def tell(self, finding: str | None = None) -> None:
         """Write what was done so far."""
+        self._told = time.monotonic()
         told = {
             "inputs": self.tried,
             "seconds": round(time.monotonic() - self._began, 1),
