@@ -27,7 +27,7 @@ _FATAL = re.compile(
     r"\s{0,8}0x([0-9a-f]{1,16})\s{0,8},\s{0,8}0x([0-9a-f]{1,16})\s{0,8}\)",
     re.IGNORECASE,
 )
-_BLAMED = re.compile(r"Driver at fault: ([^\x00-\x1f]{1,256}?)\.?[ \t\r]{0,8}(?:\n|\Z)")
+_BLAMED = re.compile(r"Driver at fault: ([^\x00-\x1f\x7f-\x9f]{1,256}?)\.?[ \t\r]{0,8}(?:\n|\Z)")
 """Both as ReactOS prints them, ntoskrnl/ke/bug.c; a Windows has CR LF as its line's end."""
 
 

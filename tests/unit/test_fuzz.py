@@ -36,6 +36,6 @@ def test_inputs_without_any_show_no_mistake(name: str, data: bytes) -> None:
 def test_an_engine_tells_how_many_inputs_it_tried(tmp_path: Path) -> None:
     result = tmp_path / "result"
     command = [sys.executable, "-m", "fuzz.engines", "dumps", "mutation", "300", "1", str(result)]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=60, cwd=Path(__file__).parents[2])
     told = json.loads(result.read_text())
     assert (told["inputs"], told["finding"]) == (300, None)
