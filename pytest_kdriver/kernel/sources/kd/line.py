@@ -48,14 +48,10 @@ class Statistics:
 
 
 class Arrived(NamedTuple):
-    """A data packet that was not there before. It is acknowledged.
-
-    ``may_be_repeated``: it is as the one before, and the target was given reason to say that again.
-    """
+    """A data packet that was not there before. It is acknowledged."""
 
     type: int
     payload: bytes
-    may_be_repeated: bool
 
 
 class Signal(Enum):
@@ -94,7 +90,7 @@ class Line:
         self._behind_reset: DataPacket | None = None
         """What came since a RESET was sent: the target reads that before the acknowledgement."""
         self._repeated: DataPacket | None = None
-        self._has_asked = False
+        self._has_reset = False
 
     @property
     def is_within_packet(self) -> bool:
@@ -143,19 +139,17 @@ class Line:
     def break_in(self) -> None:
         """Stop a kernel that runs."""
         self._out += BREAK_IN
-        self._has_asked = True
 
     def reset(self) -> None:
         """Have a kernel that waits for something begin anew, and say it again."""
         self._out += _RESET
         self.resets_under_way += 1
+        self._has_reset = True
         self._behind_reset = None
-        self._has_asked = True
 
     def ask_to_repeat(self) -> None:
         """Have the target send its packet again."""
         self._out += _RESEND
-        self._has_asked = True
         self._statistics.resends_sent += 1
 
     # In.
@@ -192,7 +186,7 @@ class Line:
             if self.resets_under_way:
                 self.resets_under_way -= 1
                 self._repeated, self._behind_reset = self._behind_reset, None
-            else:
+            elif not self._has_reset:  # a target answers each, so that this would have no end
                 self.reset()
             self._begin_anew(INITIAL_ID)
             return Signal.RESET
@@ -239,9 +233,8 @@ class Line:
             return
         self._expected_id = base ^ 1
         self._last = packet
-        may_be_repeated, self._has_asked = self._has_asked and is_same, False
         if self.resets_under_way:
             if self._behind_reset is not None:
                 self.resets_under_way = 0
             self._behind_reset = packet
-        yield Arrived(packet.type, packet.payload, may_be_repeated)
+        yield Arrived(packet.type, packet.payload)

@@ -35,8 +35,8 @@ from pytest_kdriver.kernel.sources.kd.packets import (
 from pytest_kdriver.kernel.sources.kd.stops import Stop, Stops
 
 RESEND_AFTER: Final = 1.0
-"""Seconds without an acknowledgement, after which a packet is sent again."""
-MOST_SENDS: Final = 4
+"""Seconds without an acknowledgement, after which it is asked for, or the packet sent again, in turn."""
+MOST_SENDS: Final = 3
 """Of one packet; behind that the ids are agreed on anew."""
 REPLY_AFTER: Final = 3.0
 """Seconds in which a request that was acknowledged is answered."""
@@ -46,6 +46,11 @@ ATTEMPT: Final = 2.0
 """Seconds for which a break-in or a RESET is waited for: a kernel that is stopped looks for one at a time."""
 MOST_ATTEMPTS: Final = 10
 """Behind so many without an answer the kernel counts as lost; it is still tried."""
+UNSURE_FOR: Final = 5.0
+"""Seconds after a damaged packet or a missed acknowledgement, in which more of that may be on its way."""
+CONFIRM_AFTER: Final = 1.0
+MOST_CONFIRMATIONS: Final = 3
+"""How often, and behind how many seconds, a kernel that says nothing is then asked whether it waits."""
 STALL: Final = 0.5
 """Seconds without a byte, after which a packet that has begun is not going to be completed."""
 JOIN_WITHIN: Final = 0.25
@@ -82,6 +87,7 @@ def answer_prompt(prompt: str) -> str:
 class _Timer(Enum):
     STALL = auto()
     RESEND = auto()
+    CONFIRM = auto()
     REPLY = auto()
     ATTEMPT = auto()
     BREAK_IN = auto()
@@ -89,25 +95,22 @@ class _Timer(Enum):
     BUG_CHECK = auto()
 
 
-class _Purpose(Enum):
-    """Of a packet of ours."""
-
-    REQUEST = auto()
-    GO_ON = auto()
-    ANSWER = auto()
-
-
 @dataclass(slots=True)
-class _CurrentStop:
-    """A stop, until the kernel goes on from it. ``program`` is there while something is asked."""
+class _Wait:
+    """What the kernel said before it waited for us: a stop, or a question."""
 
-    change: StateChange
+    packet: Arrived
+    change: StateChange | None = None
+    """Of a stop."""
     program: Stop | None = None
+    """Of a stop, while something is asked."""
     request: Request | None = None
     unanswered: int = 0
     is_held: bool = False
     is_interrupted: bool = False
-    """The kernel repeats it, and it is to be handled again."""
+    """The kernel says it again, and it is to be handled again."""
+    told: str = ""
+    """A prompt and its answer, until the kernel has that."""
 
 
 class KdSession:
@@ -127,17 +130,23 @@ class KdSession:
         self._now = 0.0
         self._events: list[Event] = []
         self._timers: dict[_Timer, float] = {}
-        self._line = Line(self.statistics)
-        self._purpose = _Purpose.REQUEST
         self._parts: dict[int, bytes] = {}
         self._stops = Stops(tell=self._tell, hold_bug_checks=hold_bug_checks)
-        self._stop: _CurrentStop | None = None
+        self._wait: _Wait | None = None
+        self._last_wait: _Wait | None = None
+        """The one that is over, until something else is heard."""
+        self._line = Line(self.statistics)
         self._is_attaching = False
         self._attempts = 0
         self._reset_is_next = False
+        self._resend_is_next = True
+        self._is_asked_again = False
+        self._unsure_until = 0.0
+        self._confirmations = 0
         self._due: dict[_Timer, Callable[[], None]] = {
-            _Timer.STALL: lambda: self._take(self._line.give_up_packet()),
-            _Timer.RESEND: self._send_again,
+            _Timer.STALL: self._give_up_packet,
+            _Timer.RESEND: self._miss_acknowledgement,
+            _Timer.CONFIRM: self._confirm,
             _Timer.REPLY: self._miss_reply,
             _Timer.ATTEMPT: self._attempt,
             _Timer.BREAK_IN: self._send_break_in,
@@ -176,13 +185,10 @@ class KdSession:
         It is done when ``attached``. What is half received is dropped; the images that are known are kept.
         """
         self._now = self._stops.now = now
-        self._flush_parts()
-        self._stops.tell_bug_check()
+        self._forget_kernel()
         self._timers.clear()
         self._line.start_over()
-        self._stops.forget_bug_check()
         self._stops.break_in_is_wanted = False
-        self._stop = None
         self.state = KdState.SILENT
         self._agree_on_ids(reset_first=False)
 
@@ -193,9 +199,9 @@ class KdSession:
         """
         self._now = self._stops.now = now
         self._stops.break_in_is_wanted = True
-        stop = self._stop
-        if stop is not None and stop.is_held:
-            self._run(stop, self._stops.look_around(stop.change))
+        wait = self._wait
+        if wait is not None and wait.change is not None and wait.is_held:
+            self._run(wait, self._stops.look_around(wait.change))
         elif _Timer.BREAK_IN not in self._timers:
             self._send_break_in()
 
@@ -206,9 +212,9 @@ class KdSession:
     def go_on(self, now: float) -> None:
         """In ``HELD``: let the kernel write its dump and reboot."""
         self._now = self._stops.now = now
-        stop = self._stop
-        if stop is not None and stop.is_held:
-            self._run(stop, self._stops.leave(stop.change))
+        wait = self._wait
+        if wait is not None and wait.change is not None and wait.is_held:
+            self._run(wait, self._stops.leave(wait.change))
 
     def _tell(self, event: Event) -> None:
         self._events.append(event)
@@ -219,6 +225,7 @@ class KdSession:
     # What comes in.
 
     def _take(self, incoming: Iterable[Incoming]) -> None:
+        asked = self.statistics.resends_sent
         for one in incoming:
             if self.state is KdState.SILENT or self.state is KdState.LOST:
                 self._come_back()
@@ -227,17 +234,18 @@ class KdSession:
             elif one is Signal.ACKNOWLEDGED:
                 self._acknowledged()
             elif one is Signal.RESEND:
-                self._send_again()
+                self._is_asked_again = True
             elif one is Signal.RESET:
                 self._interrupt()
             elif one is Signal.SYNC:
-                self._flush_parts()
                 self._interrupt()
-                self._stop = None
-                self._stops.tell_bug_check()
-                self._stops.forget_bug_check()
+                self._forget_kernel()
                 self._stops.images.clear()
                 self._finish_attaching()
+        if self._is_asked_again:  # and what came behind that did not say that it has arrived
+            self._send_again()
+        if self.statistics.resends_sent != asked:
+            self._doubt()
         if self._line.is_within_packet:
             self._set_timer(_Timer.STALL, STALL)
         else:
@@ -246,37 +254,43 @@ class KdSession:
     def _come_back(self) -> None:
         self._attempts = 0
         self.state = KdState.RUNNING
-        if self._stop is not None:
-            self.state = KdState.HELD if self._stop.is_held else KdState.STOPPED
+        if self._wait is not None and self._wait.change is not None:
+            self.state = KdState.HELD if self._wait.is_held else KdState.STOPPED
+
+    def _give_up_packet(self) -> None:
+        self._take(self._line.give_up_packet())
+
+    def _forget_kernel(self) -> None:
+        """It is another from here on."""
+        self._flush_parts()
+        self._stops.tell_bug_check()
+        self._stops.forget_bug_check()
+        self._wait = self._last_wait = None
 
     def _take_packet(self, packet: Arrived) -> None:
-        if packet.type == PacketType.DEBUG_IO:
-            text = read_debug_io(packet.payload)
+        kind, payload = packet
+        if kind == PacketType.DEBUG_IO:
+            text = read_debug_io(payload)
             if text is not None and text.api == PRINT_STRING:
                 self._print(text)
-            elif text is not None and text.api == GET_STRING and self._may_answer(packet):
-                answer = self._answer(text.text.decode("utf-8", "backslashreplace"))
-                self._prompt(text, answer)
-        elif packet.type == PacketType.STATE_CHANGE:
-            change = read_state_change(packet.payload)
+            elif text is not None and text.api == GET_STRING:
+                self._take_wait(_Wait(packet))
+        elif kind == PacketType.STATE_CHANGE:
+            change = read_state_change(payload)
             if change is not None:
-                self._take_stop(change, may_be_repeated=packet.may_be_repeated)
-        elif packet.type == PacketType.MANIPULATE:
-            reply = read_reply(packet.payload)
+                self._take_wait(_Wait(packet, change))
+        elif kind == PacketType.MANIPULATE:
+            reply = read_reply(payload)
             if reply is not None:
                 self._take_reply(reply)
-        elif packet.type == PacketType.FILE_IO:
-            if self._may_answer(packet):
-                self._send(_Purpose.ANSWER, PacketType.FILE_IO, refusal_of_file(packet.payload))
-        elif packet.type == PacketType.CONTROL_REQUEST and self._may_answer(packet):
-            answer_to_request = answer_to_control_request(packet.payload)
-            self._send(_Purpose.ANSWER, PacketType.CONTROL_REQUEST, answer_to_request)
+        elif kind in {PacketType.FILE_IO, PacketType.CONTROL_REQUEST}:
+            self._take_wait(_Wait(packet))
 
-    # Text.
+    # Prints.
 
     def _print(self, text: DebugIo) -> None:
         self.statistics.prints += 1
-        if self._line.times_sent or self._is_attaching:
+        if self._wait is not None or self._last_wait is not None or self._is_attaching:
             self._see_it_run()
         raw = text.text
         if self._stops.look_for_bug_check(raw):
@@ -298,40 +312,164 @@ class KdSession:
         self._parts.clear()
         self._timers.pop(_Timer.JOIN, None)
 
-    def _prompt(self, prompt: DebugIo, answer: str) -> None:
-        self._flush_parts()
-        payload = answer_to(prompt, answer.encode())
-        self._send(_Purpose.ANSWER, PacketType.DEBUG_IO, payload)
-        text = prompt.text.decode("utf-8", "backslashreplace")
-        self._tell(KernelMessage(self._now, None, f"{text}{answer}"))
-
-    def _may_answer(self, packet: Arrived) -> bool:
-        """Whether the kernel would take an answer, and has not got it."""
-        if not self._line.ids_agree:
-            self._ask_what_it_waits_for()
-            return False
-        if self._line.times_sent:
-            if packet.may_be_repeated and self._purpose is _Purpose.ANSWER:
-                return False
-            self._see_it_run()
-        return True
-
     def _see_it_run(self) -> None:
-        """The kernel does something, so what was sent to have it go on has arrived."""
-        if self._line.times_sent and self._purpose is not _Purpose.REQUEST:
+        """The kernel runs, so what was sent to have it go on has arrived."""
+        if self._wait is not None and self._wait.program is None and self._line.times_sent:
             self._line.take_as_acknowledged()
             self._acknowledged()
-        if self._line.ids_agree and self._stop is None:
+        if self._wait is None:
+            self._last_wait = None
+            self._timers.pop(_Timer.CONFIRM, None)
+            if self._line.ids_agree:
+                self._finish_attaching()
+
+    # What the kernel waits with.
+
+    def _take_wait(self, wait: _Wait) -> None:
+        """The kernel waits for us; it may have said why before."""
+        self._flush_parts()
+        if not self._line.ids_agree:
+            self._ask_what_it_waits_for()
+            return
+        known = self._wait or self._last_wait
+        if known is None or known.packet != wait.packet:
+            self._begin(wait, is_again=False)
+        elif known.is_interrupted:
+            self._begin(known, is_again=True)
+        elif known.program is not None:
+            self._send_again()
+        elif not known.is_held and self._now < self._unsure_until:
+            self._wait = known
+            self._agree_on_ids(reset_first=True)
+        elif not known.is_held:
+            self._begin(wait, is_again=False)
+
+    def _begin(self, wait: _Wait, *, is_again: bool) -> None:
+        if self._line.times_sent:
+            self._line.take_as_acknowledged()
+        if self._wait is not None and not is_again:
+            self._finish_wait(self._wait)
+        self._interrupt()
+        self._timers.pop(_Timer.CONFIRM, None)
+        self._timers.pop(_Timer.BREAK_IN, None)
+        self._wait, self._last_wait = wait, None
+        if wait.change is None:
+            wait.is_interrupted = False
+            self._send(wait.packet.type, self._answer_to(wait, is_again=is_again))
+            return
+        if self._stops.fatal is not None:
+            self._set_timer(_Timer.BUG_CHECK, BUG_CHECK_AFTER)
+        probe = self._is_attaching
+        self._run(wait, self._stops.handle(wait.change, is_again=is_again, probe=probe))
+
+    def _answer_to(self, wait: _Wait, *, is_again: bool) -> bytes:
+        kind, payload = wait.packet
+        if kind == PacketType.FILE_IO:
+            return refusal_of_file(payload)
+        prompt = read_debug_io(payload) if kind == PacketType.DEBUG_IO else None
+        if prompt is None:
+            return answer_to_control_request(payload)
+        text = prompt.text.decode("utf-8", "backslashreplace")
+        answer = self._answer(text)
+        if not is_again:
+            wait.told = f"{text}{answer}"
+        return answer_to(prompt, answer.encode())
+
+    def _run(self, wait: _Wait, program: Stop) -> None:
+        self.state = KdState.STOPPED
+        wait.program = program
+        wait.is_held = wait.is_interrupted = False
+        self._advance(wait, program, None)
+
+    def _advance(self, wait: _Wait, program: Stop, reply: Reply | None) -> None:
+        """Have the stop's program go on with ``reply``."""
+        try:
+            request = program.send(reply)
+            while wait.unanswered > MOST_UNANSWERED:
+                request = program.send(None)
+        except StopIteration as end:
+            wait.program = wait.request = None
+            self._leave(wait, end.value)
+            return
+        wait.request = request
+        self._send(PacketType.MANIPULATE, request.payload())
+
+    def _leave(self, wait: _Wait, status: int | None) -> None:
+        assert wait.change is not None
+        if status is None:
+            wait.is_held = True
+            self.state = KdState.HELD
             self._finish_attaching()
+        else:
+            request = self._stops.machine.go_on(wait.change, status)
+            self._send(PacketType.MANIPULATE, request.payload())
+
+    def _take_reply(self, reply: Reply) -> None:
+        wait = self._wait
+        if wait is None or wait.program is None or wait.request is None:
+            return
+        if (reply.api, reply.processor) != (wait.request.api, wait.request.processor):
+            return
+        if self._line.times_sent:
+            self._line.take_as_acknowledged()
+            self._timers.pop(_Timer.RESEND, None)
+        self._timers.pop(_Timer.REPLY, None)
+        self._advance(wait, wait.program, reply)
+
+    def _miss_reply(self) -> None:
+        wait = self._wait
+        if wait is None or wait.program is None:
+            return
+        wait.unanswered += 1
+        if wait.unanswered <= MOST_UNANSWERED:
+            self._agree_on_ids(reset_first=True)
+        else:
+            self._advance(wait, wait.program, None)
+
+    def _finish_wait(self, wait: _Wait) -> None:
+        """The kernel has what it waited for."""
+        if wait.told:
+            self._tell(KernelMessage(self._now, None, wait.told))
+        wait.told = ""
+        self._wait, self._last_wait = None, wait
+        self.state = KdState.RUNNING
+
+    def _confirm(self) -> None:
+        """Ask a kernel whether it still waits: it may have dropped what it acknowledged."""
+        self._line.ask_to_repeat()
+        self._doubt()
+        self._confirmations += 1
+        if self._confirmations < MOST_CONFIRMATIONS:
+            self._set_timer(_Timer.CONFIRM, CONFIRM_AFTER)
 
     # What goes out.
 
-    def _send(self, purpose: _Purpose, packet_type: int, payload: bytes) -> None:
-        self._purpose = purpose
+    def _send(self, packet_type: int, payload: bytes) -> None:
         self._line.send(packet_type, payload)
+        self._set_timer(_Timer.RESEND, RESEND_AFTER)
+        self._resend_is_next = True
+        self._is_asked_again = False
+
+    def _doubt(self) -> None:
+        self._unsure_until = self._now + UNSURE_FOR
+
+    def _miss_acknowledgement(self) -> None:
+        """Have the kernel repeat what it says, or say ours again.
+
+        It repeats why it waits, if it does. And if it took ours, went on, and waits for the acknowledgement
+        of something new, that comes again; a data packet would be taken for the acknowledgement (kddll.c).
+        """
+        self._resend_is_next = not self._resend_is_next
+        if self._resend_is_next:
+            self._send_again()
+            return
+        self._line.ask_to_repeat()
+        self._doubt()
         self._set_timer(_Timer.RESEND, RESEND_AFTER)
 
     def _send_again(self) -> None:
+        self._is_asked_again = False
+        self._doubt()
         if self._line.times_sent >= MOST_SENDS:
             self._agree_on_ids(reset_first=True)
         elif self._line.times_sent:
@@ -340,13 +478,17 @@ class KdSession:
 
     def _acknowledged(self) -> None:
         self._timers.pop(_Timer.RESEND, None)
-        if self._purpose is _Purpose.REQUEST:
+        wait = self._wait
+        if wait is None:
+            return
+        if wait.program is not None:
             self._set_timer(_Timer.REPLY, REPLY_AFTER)
             return
-        if self._purpose is _Purpose.GO_ON:
-            self._stop = None
-            self.state = KdState.RUNNING
+        self._finish_wait(wait)
         self._finish_attaching()
+        if self._now < self._unsure_until:
+            self._confirmations = 0
+            self._set_timer(_Timer.CONFIRM, CONFIRM_AFTER)
 
     # Ids.
 
@@ -363,9 +505,9 @@ class KdSession:
         """What was under way with the kernel is void."""
         self._timers.pop(_Timer.RESEND, None)
         self._timers.pop(_Timer.REPLY, None)
-        if self._stop is not None:
-            self._stop.program = None
-            self._stop.is_interrupted = True
+        if self._wait is not None:
+            self._wait.program = None
+            self._wait.is_interrupted = True
 
     def _attempt(self) -> None:
         self._count_attempt()
@@ -402,7 +544,7 @@ class KdSession:
             self._timers.setdefault(_Timer.BREAK_IN, self._now)
 
     def _send_break_in(self) -> None:
-        if not self._stops.break_in_is_wanted or self._stop is not None:
+        if not self._stops.break_in_is_wanted or self._wait is not None:
             return
         if self._line.ids_agree:
             self._count_attempt()
@@ -410,82 +552,3 @@ class KdSession:
             self._set_timer(_Timer.BREAK_IN, ATTEMPT)
         elif not self._is_attaching:
             self._agree_on_ids(reset_first=False)
-
-    # Stops.
-
-    def _take_stop(self, change: StateChange, *, may_be_repeated: bool) -> None:
-        self._flush_parts()
-        if not self._line.ids_agree:
-            self._ask_what_it_waits_for()
-            return
-        stop = self._stop
-        is_same = stop is not None and stop.change.payload == change.payload
-        if stop is None or not is_same:
-            self._begin(_CurrentStop(change), is_again=False)
-        elif stop.is_interrupted:
-            self._begin(stop, is_again=True)
-        elif stop.program is None and not stop.is_held and not may_be_repeated:
-            self._begin(_CurrentStop(change), is_again=False)
-
-    def _begin(self, stop: _CurrentStop, *, is_again: bool) -> None:
-        if self._line.times_sent:
-            self._line.take_as_acknowledged()
-        self._interrupt()
-        self._timers.pop(_Timer.BREAK_IN, None)
-        self._stop = stop
-        if self._stops.fatal is not None:
-            self._set_timer(_Timer.BUG_CHECK, BUG_CHECK_AFTER)
-        self._run(
-            stop,
-            self._stops.handle(stop.change, is_again=is_again, probe=self._is_attaching),
-        )
-
-    def _run(self, stop: _CurrentStop, program: Stop) -> None:
-        self.state = KdState.STOPPED
-        stop.program = program
-        stop.is_held = stop.is_interrupted = False
-        self._advance(stop, None)
-
-    def _advance(self, stop: _CurrentStop, reply: Reply | None) -> None:
-        """Have the stop's program go on with ``reply``."""
-        assert stop.program is not None
-        try:
-            stop.request = stop.program.send(reply)
-            while stop.unanswered > MOST_UNANSWERED:
-                stop.request = stop.program.send(None)
-        except StopIteration as end:
-            stop.program = stop.request = None
-            self._leave(stop, end.value)
-            return
-        self._send(_Purpose.REQUEST, PacketType.MANIPULATE, stop.request.payload())
-
-    def _leave(self, stop: _CurrentStop, status: int | None) -> None:
-        if status is None:
-            stop.is_held = True
-            self.state = KdState.HELD
-            self._finish_attaching()
-            return
-        request = self._stops.machine.go_on(stop.change, status)
-        self._send(_Purpose.GO_ON, PacketType.MANIPULATE, request.payload())
-
-    def _take_reply(self, reply: Reply) -> None:
-        stop = self._stop
-        if stop is None or stop.program is None or stop.request is None:
-            return
-        if (reply.api, reply.processor) != (stop.request.api, stop.request.processor):
-            return
-        if self._line.times_sent:
-            self._line.take_as_acknowledged()
-            self._timers.pop(_Timer.RESEND, None)
-        self._timers.pop(_Timer.REPLY, None)
-        self._advance(stop, reply)
-
-    def _miss_reply(self) -> None:
-        stop = self._stop
-        if stop is None or stop.program is None:
-            return
-        stop.unanswered += 1
-        if stop.unanswered <= MOST_UNANSWERED:
-            self._agree_on_ids(reset_first=True)
-        else:
-            self._advance(stop, None)
