@@ -35,8 +35,8 @@ class _Session:
 class AgentServer:
     """A Unix socket in the place of QEMU's, and the agent behind it, which serves one host after the other.
 
-    A guest that is ``frozen`` takes nothing from its port and puts nothing there; what was sent meanwhile is
-    taken when it is thawed.
+    Before its ``start``, and while it is frozen, it takes nothing from its port and puts nothing there; what
+    was sent meanwhile is taken behind that.
     """
 
     def __init__(self, path: Path, serve: Serve) -> None:
@@ -47,7 +47,7 @@ class AgentServer:
         self._connection: socket.socket | None = None
         self._changed = threading.Condition()
         self._writing = threading.Lock()
-        self._frozen = False
+        self._frozen = True
         self._closed = False
         self._begin()
         self._thread = threading.Thread(target=self._accept, name="nt-agent", daemon=True)
@@ -66,16 +66,20 @@ class AgentServer:
             if self._session is not None:
                 self._session.over = True
 
+    def start(self) -> None:
+        """Begin to serve the port, behind a boot."""
+        with self._changed:
+            self._begin()
+            self._frozen = False
+            self._write(encode_mark(MarkKind.BOOT, new_nonce()), None)
+            self._changed.notify_all()
+
     def thaw(self) -> None:
         """Go on in the state that a snapshot has: parked, without a session."""
         with self._changed:
             self._begin()
             self._frozen = False
             self._changed.notify_all()
-
-    def announce_boot(self) -> None:
-        """Say that another agent serves the port from here on."""
-        self._write(encode_mark(MarkKind.BOOT, new_nonce()), None)
 
     def close(self) -> None:
         with self._changed:

@@ -31,6 +31,7 @@ class DebugPort:
     def __init__(self, path: Path, processors: int, on_reboot: Callable[[], None]) -> None:
         self.kd = KdTarget(processors=processors, byte_timeout=BYTE_TIMEOUT)
         self._on_reboot = on_reboot
+        self._is_on = False
         self._boots = self.kd.boots
         self._epoch = 0
         self._saved: Snapshot | None = None
@@ -51,13 +52,9 @@ class DebugPort:
             return list(self.kd.errors)
 
     def boot(self) -> None:
-        """Start the kernel anew, and wait until it has told of its own image."""
-        self.call(self._boot)
-
-    def _boot(self, kd: KdTarget) -> int:
-        number = kd.boot()
-        self._boots = kd.boots
-        return number
+        """Switch the kernel on, and wait until it has told of its own image."""
+        self._is_on = True
+        self.call(lambda _: 1)
 
     def call(self, act: Callable[[KdTarget], int]) -> None:
         """Begin ``act``, and wait until it is over: so long the thread that does it stands still."""
@@ -80,10 +77,15 @@ class DebugPort:
             self._saved = self.kd.snapshot()
 
     def restore(self) -> None:
-        """Put the kernel back to where it was, ids and all; what is on its way to the host stays so."""
+        """Put the kernel back to where it was, ids and all.
+
+        What is on its way to the host will be acknowledged all the same, which is no mistake of the host's.
+        """
         with self._changed:
             assert self._saved is not None
+            owed, host = self.kd._owed, self.kd._host
             self.kd.restore(self._saved, time.monotonic())
+            self.kd._owed, self.kd._host = owed, host
             self._boots = self.kd.boots
             self._epoch += 1
             self._changed.notify_all()
@@ -115,6 +117,8 @@ class DebugPort:
     def _run(self) -> None:
         while not self._closed:
             data = self._wait()
+            if not self._is_on:
+                continue
             with self._changed:
                 self.kd.receive_data(data, time.monotonic())
                 answer = self.kd.data_to_send()
@@ -128,7 +132,7 @@ class DebugPort:
     def _wait(self) -> bytes:
         """Wait for bytes, a debugger, a script's words or the time; the bytes."""
         with self._changed:
-            deadline = self.kd.next_deadline()
+            deadline = self.kd.next_deadline() if self._is_on else None
         connection = self._connection or self._server
         left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         ready, _, _ = select.select([connection, self._woken], [], [], left)

@@ -12,7 +12,7 @@ from pytest_kdriver import ctl_code
 from pytest_kdriver.image.pe import Image
 from pytest_kdriver.ntstatus import NTSTATUS
 from tests.nt.guest import Kernel, Script
-from tests.pe_builder import DATA, Section, build
+from tests.pe_builder import DATA, WRITABLE, Section, build
 
 SECTION = ".script"
 
@@ -28,13 +28,18 @@ PRINT, HANG, LEAK, CRASH = (ctl_code(0x804 + number) for number in range(4))
 FAULT_AT, BREAKPOINT_AT, HANGS_AT = 0x1010, 0x1020, 0x1030
 """Where in each image it happens."""
 
+FAR = 0x21010
+SIZES = {"large": 0x40000}
+"""Bytes of .data in memory, where they are not a page."""
+
 
 def image(script: str) -> bytes:
     """An image that has the simulated NT run ``script``; it is not signed."""
+    data = Section(b".data", b"", DATA | WRITABLE, SIZES.get(script, 0x1000))
     return build(
         imports={"ntoskrnl.exe": ["DbgPrint"]},
         code=bytes(0x100),
-        sections=[Section(b".script", script.encode(), DATA)],
+        sections=[Section(b".script", script.encode(), DATA), data],
         pointers=1,
     )
 
@@ -149,6 +154,13 @@ class Panics(Driver):
                 kernel.assertion(BREAKPOINT_AT)
 
 
+class Large(Driver):
+    """Faults far behind its image's begin, where other drivers' images may have been before."""
+
+    def entry(self) -> int:
+        self.kernel.fault(FAR, then=SYSTEM_THREAD_EXCEPTION_NOT_HANDLED)
+
+
 class Stubborn(Driver):
     """Does not unload, or never comes back."""
 
@@ -160,6 +172,8 @@ class Stubborn(Driver):
     def entry(self) -> int:
         if self.how == "slow-init":
             self.hang()
+        while self.how == "flood":
+            self.kernel.print("and again\n")
         return NTSTATUS.STATUS_SUCCESS
 
     def unload(self) -> None:
@@ -207,6 +221,7 @@ SCRIPTS: dict[str, Callable[[Kernel], Script]] = {
     "refuses": Refuses,
     "leaks": Leaks,
     "panics": Panics,
+    "large": Large,
     "stubborn": Stubborn,
     "echo": Echo,
 }

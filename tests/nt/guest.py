@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeAlias
 
 from pytest_kdriver.errors import ImageError
 from pytest_kdriver.guest import messages
@@ -27,11 +27,13 @@ from pytest_kdriver.image.authenticode import SignatureError, read_signature
 from pytest_kdriver.image.pe import Image, parse_image
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.win32error import Win32Error
+from tests.dump_builder import header, minidump
 from tests.kd.simulator import KdTarget
 from tests.nt.agent import AgentServer
 from tests.nt.debug_port import DebugPort, Halted
 
 CONTROL = r"SYSTEM\CurrentControlSet\Control"
+MINIDUMPS = r"C:\Windows\Minidump"
 SERVICES = r"SYSTEM\CurrentControlSet\Services"
 
 POOL_TAGS, KERNEL_DEBUGGER, CODE_INTEGRITY, SECURE_BOOT = 22, 35, 103, 145
@@ -54,6 +56,9 @@ EXCEPTION_RECORD, CONTEXT_RECORD = 0xFFFFB08A1C2F0A58, 0xFFFFB08A1C2F0290
 
 CALLS_AT = 0x1055
 """Where in each image KeBugCheckEx would return to."""
+
+
+Parameters: TypeAlias = tuple[int, int, int, int]
 
 
 class Script(Protocol):
@@ -105,6 +110,8 @@ class State:
 
     files: dict[str, bytes] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
+    images: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """Path and size of each driver's image, by its base."""
     values: dict[tuple[str, str], tuple[int, bytes]] = field(default_factory=dict)
     devices: dict[str, str] = field(default_factory=dict)
     """The services whose devices they are, by path."""
@@ -174,6 +181,7 @@ class NtGuest:
         self._upload_paths: dict[int, str] = {}
         self._numbers = itertools.count(1)
         self._saved: State | None = None
+        self._crash: tuple[int, Parameters] | None = None
         self.reverts = 0
         self.asked: list[Message] = []
         self.state = windows_for_tests()
@@ -186,7 +194,7 @@ class NtGuest:
     def boot(self) -> None:
         """Start the kernel, whose first images and words go to the debugger, then the agent."""
         self.port.boot()
-        self.agent.announce_boot()
+        self.agent.start()
 
     def save(self) -> None:
         """Take a snapshot."""
@@ -202,6 +210,7 @@ class NtGuest:
             self.state = copy.deepcopy(self._saved)
         self.life = Life()
         self._uploads.clear()
+        self._crash = None
         self.reverts += 1
         self.port.restore()
         self.agent.thaw()
@@ -221,12 +230,24 @@ class NtGuest:
         with self._lock:
             before, self.state = self.state, windows_for_tests()
             self.state.files, self.state.values = before.files, before.values
+            if self._crash is not None:
+                self.state.files[f"{MINIDUMPS}\\112326-8515-01.dmp".lower()] = self._dump(before)
             self.state.services = {
                 name: Service(service.image_path) for name, service in before.services.items()
             }
         self.life = Life()
-        self.agent.thaw()
-        self.agent.announce_boot()
+        self.agent.start()
+
+    def _dump(self, state: State) -> bytes:
+        assert self._crash is not None
+        code, parameters = self._crash
+        modules = [(path, base, size) for base, (path, size) in state.images.items()]
+        return minidump(modules, head=bytes(header(code=code, parameters=parameters)))
+
+    def bug_check_now(self, code: int, parameters: Parameters) -> None:
+        """Have something bug-check that nobody has called."""
+        with suppress(Halted):
+            self.bug_check(code, parameters, blamed=None, processor=1, stack=())
 
     def lose_debugger_port(self) -> None:
         """QEMU's end of COM1 is gone."""
@@ -247,6 +268,21 @@ class NtGuest:
         self._stop()
         self.port.post(act)
         raise Halted
+
+    def bug_check(
+        self,
+        code: int,
+        parameters: Parameters,
+        *,
+        blamed: str | None,
+        processor: int,
+        stack: Sequence[int],
+    ) -> NoReturn:
+        """KeBugCheckEx, as it is known to the dump, too."""
+        self._crash = (code, parameters)
+        self.halt_in(
+            lambda kd: kd.bug_check(code, parameters, blamed, processor=processor, stack=stack)
+        )
 
     # the agent's requests
 
@@ -361,10 +397,21 @@ class NtGuest:
             case messages.SetClock():
                 state.clock_off = request.time / TICKS - UNIX_EPOCH - time.time()
                 return messages.Done()
+            case messages.Run(command_line=command) if MINIDUMPS in command:
+                return self._list_dumps()
             case messages.FreeSpace():
                 return messages.Room(bytes=20 << 30)
             case _:
                 return _refused(f"{type(request).__name__} is beyond this guest")
+
+    def _list_dumps(self) -> messages.Completed:
+        """The one program that this guest can run: ``dir /b`` of its minidumps."""
+        folder = f"{MINIDUMPS}\\".lower()
+        names = [p.removeprefix(folder) for p in self.state.files if p.startswith(folder)]
+        listed = "".join(f"{name}\r\n" for name in names).encode()
+        return messages.Completed(
+            exit_code=0 if names else 1, stdout=listed, stderr=b"", timed_out=False, truncated=False
+        )
 
     def _hello(self) -> messages.HelloReply:
         return messages.HelloReply(
@@ -481,11 +528,12 @@ class NtGuest:
                 return NTSTATUS.STATUS_INVALID_IMAGE_HASH
             base = self.state.next_base
             self.state.next_base += -(-image.size // 0x10000) * 0x10000 + 0x10000
-        path = f"\\??\\{service.image_path}"
+            path = f"\\??\\{service.image_path}"
+            self.state.images[base] = (path, image.size)
         self.in_kernel(lambda port: port.call(lambda kd: kd.load(path, base, image.size)))
         status, driver = self._enter(name, image, file, path, base)
         if not NTSTATUS(status).is_success:
-            self.in_kernel(lambda port: port.call(lambda kd: kd.unload(path)))
+            self._unload_image(path, base)
             return status
         with self._lock:
             service.driver = driver
@@ -514,8 +562,13 @@ class NtGuest:
             service.driver = None
             for path in [path for path, owner in self.state.devices.items() if owner == name]:
                 del self.state.devices[path]
-        self.in_kernel(lambda port: port.call(lambda kd: kd.unload(driver.path)))
+        self._unload_image(driver.path, driver.base)
         return NTSTATUS.STATUS_SUCCESS
+
+    def _unload_image(self, path: str, base: int) -> None:
+        with self._lock:
+            del self.state.images[base]
+        self.in_kernel(lambda port: port.call(lambda kd: kd.unload(path)))
 
     # devices
 
@@ -595,10 +648,13 @@ class Kernel:
 
     def bug_check(self, code: int, *parameters: int, blamed: str | None = None) -> NoReturn:
         """KeBugCheckEx."""
-        self._guest.halt_in(
-            lambda kd: kd.bug_check(
-                code, parameters, blamed, processor=self.processor, stack=(self.base + CALLS_AT,)
-            )
+        first, second, third, fourth = parameters
+        self._guest.bug_check(
+            code,
+            (first, second, third, fourth),
+            blamed=blamed,
+            processor=self.processor,
+            stack=(self.base + CALLS_AT,),
         )
 
     def fault(self, offset: int, *, then: int) -> NoReturn:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from pytest_kdriver.errors import TargetError
+from pytest_kdriver.errors import LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.links.serial import SerialLink
 from pytest_kdriver.image.preflight import Report, preflight
@@ -66,11 +66,19 @@ class NtMachine:
             self._stack = undo.pop_all()
         return self._guest()
 
-    def _reach_agent(self) -> Agent:
-        link = SerialLink(self._folder / "agent", timeout=TIMEOUT)
-        self.agent = agent = Agent.connect(link, timeout=TIMEOUT)
-        agent.set_clock(time.time())
-        return agent
+    def _reach_agent(self) -> None:
+        """As with a virtual machine, an agent may be seen that ends with its guest's restart."""
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                link = SerialLink(self._folder / "agent", timeout=TIMEOUT)
+                self.agent = Agent.connect(link, timeout=TIMEOUT)
+            except LinkError:
+                if time.monotonic() >= deadline:
+                    raise
+            else:
+                self.agent.set_clock(time.time())
+                return
 
     def _close_agent(self) -> None:
         if self.agent is not None:
@@ -134,7 +142,14 @@ class NtMachine:
         return {}
 
     def let_dump(self, guest: Guest) -> Guest | None:
-        return None
+        assert self.pump is not None
+        if self._bug_check is None:
+            return None
+        guest.agent.close()
+        self.pump.go_on()
+        self._bug_check = None
+        self._reach_agent()
+        return self._guest()
 
     def preflight(self, image: Path) -> Report:
         return preflight(image, None, guest="windows")
