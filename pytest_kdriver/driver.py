@@ -34,7 +34,7 @@ from pytest_kdriver.errors import (
 )
 from pytest_kdriver.guest.agent import Agent, IoOutcome, IoResult, OpenResult
 from pytest_kdriver.guest.registry import encode_value
-from pytest_kdriver.image.pool_tags import default_tag, used_tags
+from pytest_kdriver.image.pool_tags import default_tags, used_tags
 from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.symbols import Symbols, load_symbols
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
@@ -193,7 +193,7 @@ class Driver:
         if self._tags:
             return frozenset(self._tags)
         used = used_tags(self.image)
-        return used.tags if used.all_seen else used.tags | {default_tag(self.name)}
+        return used.tags if used.all_seen else used.tags | default_tags(self.name)
 
     def _load_symbols(self) -> Symbols:
         return load_symbols(self.image)

@@ -73,9 +73,12 @@ def used_tags(path: Path) -> UsedTags:
     return UsedTags(frozenset(tags), all_seen and calls > 0)
 
 
-def default_tag(package: str) -> str:
-    """The tag that ``kernel_module!`` gives to a package that names none."""
-    return package[:4].ljust(4)
+def default_tags(name: str) -> frozenset[str]:
+    """The tags that ``kernel_module!`` may give to a driver of that name, if it names none itself.
+
+    They are made of the package's name, in which a dash may stand where a file's has an underscore.
+    """
+    return frozenset(package[:4].ljust(4) for package in (name, name.replace("_", "-")))
 
 
 def _calls(image: Image) -> Iterator[bytes]:

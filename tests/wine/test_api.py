@@ -212,7 +212,10 @@ class TestStop:
 
     @pytest.mark.kdriver("leaks", parameters={"Blocks": 2, "Bytes": 10}, leaks="allow")
     def test_cycle_counts_each_cycle_s_leaks(self, kdriver: Driver) -> None:
-        assert [cycle.leaked.total_size for cycle in kdriver.cycle(3)] == [20, 20, 20]
+        cycles = kdriver.cycle(3)
+        assert [cycle.leaked.total_size for cycle in cycles] == [20, 20, 20]
+        (growth,) = cycles.growth
+        assert (growth.tag, growth.blocks, growth.size, growth.certain) == ("leak", 2, 20, True)
         assert kdriver.pool.leaked.total_count == 6
 
 
