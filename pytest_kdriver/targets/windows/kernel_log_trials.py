@@ -36,6 +36,9 @@ BREAKS: Final = bytes.fromhex("cc 488d0507000000 48894168 31c0 c3 c3")
 CRASHES: Final = bytes.fromhex("31c0 8800 c3")
 """``xor eax, eax; mov [rax], al; ret``"""
 
+_KERNEL_S_OWN: Final = ("File", "Irp ", "Proc", "Thre")
+"""Tags of every Windows', by Microsoft's pooltag.txt."""
+
 _NO_DEBUGGER: Final = (
     'this target\'s kernel has no debugger: kernel_log = "kd", in a virtual machine'
 )
@@ -125,8 +128,9 @@ def a_crash_is_told(bench: Workbench) -> Outcome:
 
 def pool_counters_are_told(bench: Workbench) -> Outcome:
     """That the kernel counts its pool by tags, in the form that is read here."""
-    uses = decode(bench.agent.system_information(SYSTEM_POOL_TAG_INFORMATION), ("File", "Thre"))
-    return holds(any(use.blocks for use in uses), f"of two of the kernel's own tags: {uses}")
+    uses = decode(bench.agent.system_information(SYSTEM_POOL_TAG_INFORMATION), _KERNEL_S_OWN)
+    told = ", ".join(f"{use.tag.decode()} {use.blocks}" for use in uses if use.blocks)
+    return holds(bool(told), f"blocks of the kernel's own: {told or 'none'}")
 
 
 def _window(bench: Workbench) -> Window | Outcome:
