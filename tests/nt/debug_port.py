@@ -72,6 +72,10 @@ class DebugPort:
             act(self.kd)
             self._poke()
 
+    def freeze(self) -> None:
+        """Have the kernel do nothing any more; ``restore`` has it go on from the snapshot."""
+        self._is_on = False
+
     def save(self) -> None:
         with self._changed:
             self._saved = self.kd.snapshot()
@@ -87,6 +91,7 @@ class DebugPort:
             self.kd.restore(self._saved, time.monotonic())
             self.kd._owed, self.kd._host = owed, host
             self._boots = self.kd.boots
+            self._is_on = True
             self._epoch += 1
             self._changed.notify_all()
             self._poke()

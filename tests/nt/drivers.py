@@ -144,7 +144,9 @@ class Panics(Driver):
             case "verifier":
                 kernel.print("about to leave 3 blocks to the verifier\n")
                 kernel.bug_check(
-                    DRIVER_VERIFIER_DETECTED_VIOLATION, 0x62, kernel.base + 0x2000, 0, 3
+                    DRIVER_VERIFIER_DETECTED_VIOLATION,
+                    *(0x62, kernel.base + 0x2000, 0, 3),
+                    blamed="panics.sys",
                 )
             case "int3":
                 kernel.print("about to hit a breakpoint\n")

@@ -249,6 +249,11 @@ class NtGuest:
         with suppress(Halted):
             self.bug_check(code, parameters, blamed=None, processor=1, stack=())
 
+    def freeze(self) -> None:
+        """Stop all processors with their interrupts off: nobody answers, and no debugger is heard."""
+        self._stop()
+        self.port.freeze()
+
     def lose_debugger_port(self) -> None:
         """QEMU's end of COM1 is gone."""
         self.port.hang_up()

@@ -135,6 +135,15 @@ def test_in_a_device_call(kdriver):
 def test_page_fault(kdriver):
     kdriver.start()
 
+@pytest.mark.kdriver("panics.sys", parameters={"How": "unhandled"})
+def test_unhandled_exception(kdriver):
+    kdriver.start()
+
+@pytest.mark.kdriver("echo.sys")
+def test_page_fault_in_a_device_call(kdriver):
+    with kdriver.running(), kdriver.device(r"\\\\.\\Echo") as device:
+        device.ioctl(CRASH, bytes([1]))
+
 @pytest.mark.kdriver("panics.sys", parameters={"How": "verifier", "Where": "cleanup"})
 def test_verifier(kdriver):
     kdriver.start()
@@ -163,6 +172,8 @@ def test_a_bug_check_is_a_crash_of_the_call_that_brought_it_in_the_words_that_wi
         "test_at_the_end_of_the_body[nt]": "FAILED",
         "test_in_a_device_call[nt]": "PASSED",
         "test_page_fault[nt]": "FAILED",
+        "test_unhandled_exception[nt]": "FAILED",
+        "test_page_fault_in_a_device_call[nt]": "FAILED",
         "test_verifier[nt]": "FAILED",
         "test_xfail[nt]": "XFAIL",
         "test_last_one_runs[nt]": "PASSED",
@@ -177,10 +188,17 @@ def test_a_bug_check_is_a_crash_of_the_call_that_brought_it_in_the_words_that_wi
     fault = failure(result, "test_page_fault[nt]")
     assert "bug check 0x7E" in fault
     assert "panics+0x1010" in fault
+    unhandled = failure(result, "test_unhandled_exception[nt]")
+    assert "bug check 0x1E" in unhandled
+    assert "at panics+0x1010" in unhandled
+    fault = failure(result, "test_page_fault_in_a_device_call[nt]")
+    assert "bug check 0x3B" in fault
+    assert "at echo+0x1010" in fault
     verifier = failure(result, "test_verifier[nt]")
+    assert "the kernel blames panics.sys" in verifier
     assert "bug check 0xC4" in verifier
     assert "3 allocations not freed" in verifier
-    assert went_through(result) == ["nt: 1 boots, 8 reverts, mistakes: []"]
+    assert went_through(result) == ["nt: 1 boots, 10 reverts, mistakes: []"]
 
 
 def test_a_breakpoint_or_an_assertion_fails_the_test_unless_it_is_expected(
@@ -271,6 +289,33 @@ def test_a_driver_that_hangs_is_a_timeout_that_shows_where_the_processors_are(
         assert re.search(rf"processor 0 is at ntoskrnl\+0x(.*\n)+? .* {driver}\+0x1030\n", told)
         assert "processor 1 is at ntoskrnl+0x" in told
     assert went_through(result) == ["nt: 1 boots, 3 reverts, mistakes: []"]
+
+
+def test_a_guest_that_stands_still_altogether_is_a_timeout_and_is_put_back(
+    project: pytest.Pytester, run: Run, verdicts: Verdicts
+) -> None:
+    project.makepyfile(
+        """
+        import pytest
+        from pytest_kdriver import DriverTimeout
+
+        @pytest.mark.kdriver("hello.sys")
+        def test_frozen(kdriver, nt):
+            kdriver.start()
+            nt.guest.freeze()
+            kdriver.stop(timeout=1)
+
+        @pytest.mark.kdriver("hello.sys")
+        def test_next(kdriver):
+            with kdriver.running(): pass
+            assert kdriver.dbgprint.lines == ["Hello, world!", "Bye bye!"]
+        """
+    )
+    result = run()
+    assert verdicts(result) == {"test_frozen[nt]": "FAILED", "test_next[nt]": "PASSED"}
+    told = failure(result, "test_frozen[nt]")
+    assert "DriverUnload did not return within 1 s" in told
+    assert "processor 0" not in told
 
 
 def test_of_a_suite_of_20_tests_the_5_that_crash_are_reported_and_each_is_followed_by_a_revert(
