@@ -39,7 +39,7 @@ from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.symbols import Symbols, load_symbols
 from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
 from pytest_kdriver.kernel.dbgprint import DbgPrint
-from pytest_kdriver.kernel.events import DriverInitCalled, DriverUnload, ImageLoaded
+from pytest_kdriver.kernel.events import DriverInitCalled, DriverUnload, ImageLoaded, ImageUnloaded
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.pool import Pool, PoolUses
 from pytest_kdriver.kernel.pool_growth import PoolGrowth, growth
@@ -523,7 +523,8 @@ class Driver:
 
     def _notice_unload(self) -> None:
         """Somebody else may have stopped it, as ``sc stop`` in the guest does."""
-        if self._state is _State.LOADED and any(self._window.of(DriverUnload, self._loaded_from)):
+        gone = self._window.numbered(self._loaded_from, (DriverUnload, ImageUnloaded))
+        if self._state is _State.LOADED and any(e.driver == self.service for _, e in gone):
             self._state = _State.UNLOADED
 
     def _install(self, limit: float) -> None:
