@@ -12,6 +12,7 @@ import pytest
 from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.errors import LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent
+from pytest_kdriver.kernel.dump import read_dump
 from pytest_kdriver.kernel.events import BugCheck, DebugPrint, KernelMessage, ProcessorState
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.kernel.sources.text import SerialText
@@ -19,6 +20,8 @@ from pytest_kdriver.targets.kd_pump import KdPump, SerialPump
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
 from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
 from pytest_kdriver.targets.machine_target import MachineTarget
+from tests.dump_builder import header, minidump
+from tests.vm.standin import PREFIX
 from tests.vm.tiny_guest import TinyGuest
 
 SIMULATOR = [Path(__file__).parents[1] / "kd" / name for name in ("run.py", "simulator.py")]
@@ -76,7 +79,7 @@ def target(winevm_config: TargetConfig, vm_cache: Path) -> Iterator[MachineTarge
     config = TargetConfig(name="kd", kind="libvirt", vm=settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDRIVER_CACHE", str(vm_cache))
-        target = MachineTarget("kd", Machine(config))
+        target = MachineTarget("kd", Machine(config, dumps=True))
         try:
             target.start()
             yield target
@@ -143,6 +146,24 @@ def test_that_bug_checks_ends_what_waits_for_its_agent_and_is_put_back(
     assert "bug check 0xD1 DRIVER_IRQL_NOT_LESS_OR_EQUAL" in str(target.machine.failure())
     with pytest.raises(TargetError), target.agent_errors("load"):
         target.agent.query_service("kdriver")
+    target.repair()
+    assert ticks(target, len(target.log))
+
+
+def test_its_dump_is_fetched_behind_its_restart(target: MachineTarget, tmp_path: Path) -> None:
+    agent, position = target.agent, len(target.log)
+    content = minidump(head=bytes(header(code=0xD1)))
+    agent.put(b"an older one", r"C:\Windows\Minidump\122525-1-01.dmp")
+    shell(agent, f"touch -d yesterday {PREFIX}/drive_c/windows/Minidump/122525-1-01.dmp")
+    agent.put(content, r"C:\Windows\Minidump\112326-1-01.dmp")  # which the simulated kernel won't
+    do(agent, {"bug_check": {"code": 0xD1, "parameters": [8, 2, 0, NT + 0x1000]}})
+    window = target.log.window(None, position)
+    assert window.wait_for(lambda _, event: isinstance(event, BugCheck), SECONDS)
+    target.break_down("it crashed")
+    assert target.collect(tmp_path / "test", dump=True) == []
+    assert {path.name for path in tmp_path.iterdir()} >= {"test.png", "test.xml", "test.dmp"}
+    assert read_dump(tmp_path / "test.dmp").code == 0xD1
+    assert (tmp_path / "test.dmp").read_bytes() == content
     target.repair()
     assert ticks(target, len(target.log))
 
