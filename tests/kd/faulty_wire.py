@@ -72,6 +72,10 @@ class FaultyWire:
             data += self._pieces.popleft()[1]
         return data
 
+    def clear(self) -> None:
+        """What is under way is lost."""
+        self._pieces.clear()
+
     def next_deadline(self) -> float | None:
         """When the next byte arrives."""
         return self._pieces[0][0] if self._pieces else None
@@ -110,14 +114,12 @@ def _looks_whole(data: bytes, at: int) -> bool:
     """
     start = 0
     while start + HEADER.size <= len(data):
-        leader, kind, size, identifier, checksum = HEADER.unpack_from(data, start)
-        control = leader == CONTROL
-        end = start + HEADER.size + (0 if control else size + 1)
+        leader, kind, size, identifier, _ = HEADER.unpack_from(data, start)
+        end = start + HEADER.size + (0 if leader == CONTROL else size + 1)
         if start <= at < start + HEADER.size:
-            where = at - start
-            if control:
-                return kind in _CONTROLS and size == 0 and checksum == 0
-            return leader == DATA and identifier in _IDS and 8 <= where < 12
+            if leader == CONTROL and at - start < 6:
+                return kind in _CONTROLS
+            return leader in {CONTROL, DATA} and 8 <= at - start < 12 and identifier in _IDS
         if leader not in {CONTROL, DATA} or at < end:
             return False
         start = end
