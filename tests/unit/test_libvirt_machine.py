@@ -27,6 +27,7 @@ from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.errors import ConfigError, TargetError
 from pytest_kdriver.guest.links.link import Link
 from pytest_kdriver.image.preflight import Report
+from pytest_kdriver.kernel.events import BugCheck
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.targets.leftovers import DOMAIN, REMOVERS
 from pytest_kdriver.targets.libvirt import machine as machine_module
@@ -35,9 +36,10 @@ from pytest_kdriver.targets.libvirt.address import NotLetInError, SerialAddress,
 from pytest_kdriver.targets.libvirt.base_disk import make_overlay
 from pytest_kdriver.targets.libvirt.connection import Hypervisor, Owner, call
 from pytest_kdriver.targets.libvirt.domain import INTERNAL_ERROR, Domain
+from pytest_kdriver.targets.libvirt.domain_xml import DomainSpec
 from pytest_kdriver.targets.libvirt.kept import KeptVm
 from pytest_kdriver.targets.libvirt.leftovers import domain_resource, remove_domain
-from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
+from pytest_kdriver.targets.libvirt.machine import LibvirtMachine, _Vm
 from pytest_kdriver.targets.libvirt.warm_start import WarmStart
 from pytest_kdriver.targets.machine import Guest
 from pytest_kdriver.targets.machine_target import MachineTarget
@@ -525,3 +527,63 @@ def test_a_config_that_contradicts_itself_ends_the_run_with_a_sentence(
     result = pytester.runpytest_subprocess("--kdriver-vm", "mine", timeout=120)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["ERROR: targets.mine: agent is 'serial', agent_port 22; *"])
+
+
+class TestAKernelThatPanics:
+    """What the panic device tells, where no debugger does."""
+
+    EVENT = json.dumps(
+        {"action": "pause", "info": {"type": "hyper-v"} | {f"arg{n}": n * 16 for n in range(1, 6)}}
+    )
+    LOGGED = "panic hyper-v: arg1='0x1', arg2='0x2', arg3='0x3', arg4='0x4', arg5='0x5'\n"
+
+    @pytest.fixture
+    def vm(self, tmp_path: Path, run: Run) -> _Vm:
+        hypervisor = FakeHypervisor("qemu:///session", tmp_path / "qemu", {})
+        spec = DomainSpec(
+            name="kdriver-mine-1", run="1-1", owner_pid=1, accelerator="tcg", emulator=tmp_path, disk=tmp_path
+        )  # fmt: skip
+        vm = _Vm(hypervisor, spec, run, tmp_path, tmp_path)
+        vm.log = KernelLog()
+        vm.domain._stopped = None  # it runs
+        return vm
+
+    def tell(self, vm: _Vm, details: str | None) -> None:
+        vm.domain._on_event(None, None, "GUEST_PANICKED", 0, 0, details, None)
+
+    def crashes(self, vm: _Vm) -> list[tuple[int, tuple[int, ...]]]:
+        assert vm.log is not None
+        return [(e.code, e.parameters) for e in vm.log.read() if isinstance(e, BugCheck)]
+
+    def test_is_a_bug_check_in_the_log_told_once(self, vm: _Vm) -> None:
+        self.tell(vm, self.EVENT)
+        self.tell(vm, self.EVENT)
+        assert self.crashes(vm) == [(16, (32, 48, 64, 80))]
+        assert vm.bug_check == "bug check 0x10 SPIN_LOCK_NOT_OWNED (0x20, 0x30, 0x40, 0x50)"
+        assert vm.domain.stopped == "its kernel panicked: bug check 0x10 (0x20, 0x30, 0x40, 0x50)"
+
+    def test_is_none_beside_the_debugger_s(self, vm: _Vm) -> None:
+        vm.note_bug_check(BugCheck(0.0, None, 0xD1, (1, 2, 3, 4)))
+        self.tell(vm, self.EVENT)
+        assert self.crashes(vm) == []
+
+    def test_is_looked_for_in_the_domain_s_log_where_its_event_has_no_parameters(
+        self, vm: _Vm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        log = tmp_path / "cache/libvirt/qemu/log/kdriver-mine-1.log"
+        log.parent.mkdir(parents=True)
+        log.write_text(self.LOGGED)
+        self.tell(vm, None)
+        assert self.crashes(vm) == [(1, (2, 3, 4, 5))]
+
+    def test_that_says_nothing_more_is_no_bug_check(self, vm: _Vm) -> None:
+        self.tell(vm, None)
+        assert self.crashes(vm) == []
+        assert vm.domain.stopped == "its kernel panicked"
+
+    def test_that_may_go_on_has_not_stopped(self, vm: _Vm) -> None:
+        vm.domain._panics_go_on = True
+        self.tell(vm, self.EVENT)
+        assert self.crashes(vm) == [(16, (32, 48, 64, 80))]
+        assert vm.domain.stopped is None

@@ -137,6 +137,12 @@ class LibvirtMachine:
             told += f", which is slow: {accelerator.reason}"
         if self._dropped:
             told += f"; without {', '.join(name for name, _ in self._dropped)}"
+        if self._vm is not None and isinstance(self._vm.pump, KdPump):
+            lag = self._vm.pump.lag
+            told += (
+                f"; its kernel waits {lag.mean * 1e6:.0f} us for its debugger, "
+                f"{lag.longest * 1e3:.0f} ms at most"
+            )
         way = self._vm.method if self._vm is not None else None
         return f"{told}; put back by {_WAYS[way or 'qmp']}"
 
