@@ -55,6 +55,9 @@ _RETRY: Final = 0.05
 _AT_ONCE: Final = 20e-6
 """A poll that is over so soon did not wait."""
 
+_BUSY: Final = 1e-3
+"""Seconds since the last look, after which it is asked what was there meanwhile."""
+
 
 class Sink(Protocol):
     """What takes events, as a kernel log does."""
@@ -234,8 +237,12 @@ class SerialPump:
             deadline = self._source.next_deadline()
             asked = time.monotonic()
             timeout = LOOK if deadline is None else max(min(deadline - asked, LOOK), 0.0)
-            ready = self._poll.poll(timeout * 1000)
+            ready = self._poll.poll(0) if asked - self._looked > _BUSY else []
+            were_there = bool(ready)
+            if not ready:
+                ready = self._poll.poll(timeout * 1000)
             now = time.monotonic()
+            were_there = were_there or now - asked < _AT_ONCE
             if now - asked - timeout > HELD_UP:
                 self._note_hold_up(now - asked - timeout)
             data, is_woken = b"", False
@@ -248,7 +255,7 @@ class SerialPump:
                     if what & ~select.POLLOUT:
                         data = self._receive()
             if data or deadline is not None or self._tasks:
-                self._feed(data, now, self._looked if now - asked < _AT_ONCE else now)
+                self._feed(data, now, self._looked if were_there else now)
             else:
                 self._looked = now
             if is_woken:

@@ -490,34 +490,36 @@ class TestOfATimeInWhichNobodyAnswered:
     def held(self) -> Held:
         return Held()
 
-    def print_while_held(self, peer: socket.socket, held: Held) -> None:
+    @contextmanager
+    def printed_while_held(self, peer: socket.socket, held: Held) -> Iterator[None]:
         """Have a print wait for more than ``HELD_UP``, behind another one that holds up the pump."""
         connection, _ = peer.accept()
+        later = threading.Timer(HELD_UP + 0.1, held.let.set)
         with connection:
             connection.settimeout(PATIENCE)
             connection.sendall(print_packet(b"first\n", 0x80800800))
             assert len(connection.recv(100)) == 16
             connection.sendall(print_packet(b"second\n", 0x80800001))
-            later = threading.Timer(HELD_UP + 0.1, held.let.set)
             later.start()
             assert len(connection.recv(100)) == 16
             wait_for(held, lambda event: isinstance(event, KernelMessage))
-            later.join()
+            yield
+        later.join()
 
     def test_it_is_told_and_no_more(self, peer: socket.socket, path: Path, held: Held) -> None:
-        with a_pump(path, held) as pump:
-            self.print_while_held(peer, held)
+        with a_pump(path, held) as pump, self.printed_while_held(peer, held):
+            pump.catch_up()
             assert pump.failure is None
             assert pump.lag.longest > HELD_UP
-        assert "nobody answered the guest for 1." in messages(held)[0]
-        assert printed(held) == [b"first\n", b"second\n"]
+            assert "nobody answered the guest for 1." in messages(held)[0]
+            assert printed(held) == [b"first\n", b"second\n"]
 
     def test_it_is_a_failure_where_the_kernel_may_have_gone_on(
         self, peer: socket.socket, path: Path, held: Held, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(kd_pump, "GIVEN_UP", HELD_UP)
-        with a_pump(path, held) as pump:
-            self.print_while_held(peer, held)
+        with a_pump(path, held) as pump, self.printed_while_held(peer, held):
+            pump.catch_up()
             assert pump.failure is not None
             assert "had no debugger for 1." in pump.failure
 
