@@ -34,10 +34,11 @@ from pytest_kdriver.kernel.sources.kd.packets import (
 )
 from pytest_kdriver.kernel.sources.kd.stops import Stop, Stops
 
-RESEND_AFTER: Final = 1.0
-"""Seconds without an acknowledgement, after which it is asked for, or the packet sent again, in turn."""
-MOST_SENDS: Final = 3
-"""Of one packet; behind that the ids are agreed on anew."""
+ACKNOWLEDGE_WITHIN: Final = 1.0
+"""Seconds without an acknowledgement, after which the kernel is asked to repeat what it said."""
+MOST_ASKED: Final = 2
+MOST_SENDS: Final = 4
+"""So often at most, for one packet of ours, which is sent so often; then the ids are agreed on anew."""
 REPLY_AFTER: Final = 3.0
 """Seconds in which a request that was acknowledged is answered."""
 MOST_UNANSWERED: Final = 2
@@ -86,7 +87,7 @@ def answer_prompt(prompt: str) -> str:
 
 class _Timer(Enum):
     STALL = auto()
-    RESEND = auto()
+    ACKNOWLEDGE = auto()
     CONFIRM = auto()
     REPLY = auto()
     ATTEMPT = auto()
@@ -139,13 +140,13 @@ class KdSession:
         self._is_attaching = False
         self._attempts = 0
         self._reset_is_next = False
-        self._resend_is_next = True
+        self._asked = 0
         self._is_asked_again = False
         self._unsure_until = 0.0
         self._confirmations = 0
         self._due: dict[_Timer, Callable[[], None]] = {
             _Timer.STALL: self._give_up_packet,
-            _Timer.RESEND: self._miss_acknowledgement,
+            _Timer.ACKNOWLEDGE: self._miss_acknowledgement,
             _Timer.CONFIRM: self._confirm,
             _Timer.REPLY: self._miss_reply,
             _Timer.ATTEMPT: self._attempt,
@@ -350,8 +351,8 @@ class KdSession:
         if self._wait is not None and not is_again:
             self._finish_wait(self._wait)
         self._interrupt()
-        self._timers.pop(_Timer.CONFIRM, None)
-        self._timers.pop(_Timer.BREAK_IN, None)
+        for timer in (_Timer.CONFIRM, _Timer.BREAK_IN, _Timer.ATTEMPT):
+            self._timers.pop(timer, None)
         self._wait, self._last_wait = wait, None
         if wait.change is None:
             wait.is_interrupted = False
@@ -406,13 +407,16 @@ class KdSession:
 
     def _take_reply(self, reply: Reply) -> None:
         wait = self._wait
+        if wait is not None and wait.is_interrupted and self._line.ids_agree:
+            self._begin(wait, is_again=True)  # this it repeated, and takes requests now
+            return
         if wait is None or wait.program is None or wait.request is None:
             return
         if (reply.api, reply.processor) != (wait.request.api, wait.request.processor):
             return
         if self._line.times_sent:
             self._line.take_as_acknowledged()
-            self._timers.pop(_Timer.RESEND, None)
+            self._timers.pop(_Timer.ACKNOWLEDGE, None)
         self._timers.pop(_Timer.REPLY, None)
         self._advance(wait, wait.program, reply)
 
@@ -446,26 +450,27 @@ class KdSession:
 
     def _send(self, packet_type: int, payload: bytes) -> None:
         self._line.send(packet_type, payload)
-        self._set_timer(_Timer.RESEND, RESEND_AFTER)
-        self._resend_is_next = True
+        self._set_timer(_Timer.ACKNOWLEDGE, ACKNOWLEDGE_WITHIN)
+        self._asked = 0
         self._is_asked_again = False
 
     def _doubt(self) -> None:
         self._unsure_until = self._now + UNSURE_FOR
 
     def _miss_acknowledgement(self) -> None:
-        """Have the kernel repeat what it says, or say ours again.
+        """Have the kernel repeat what it said.
 
-        It repeats why it waits, if it does. And if it took ours, went on, and waits for the acknowledgement
-        of something new, that comes again; a data packet would be taken for the acknowledgement (kddll.c).
+        Where ours was lost, that is why it waits, and ours is sent again. Where the acknowledgement was lost,
+        it runs; or it waits for that of something new, which then comes again. Ours must not: the kernel
+        would take any data packet for the acknowledgement (kddll.c).
         """
-        self._resend_is_next = not self._resend_is_next
-        if self._resend_is_next:
-            self._send_again()
+        if self._asked == MOST_ASKED:
+            self._agree_on_ids(reset_first=True)
             return
+        self._asked += 1
         self._line.ask_to_repeat()
         self._doubt()
-        self._set_timer(_Timer.RESEND, RESEND_AFTER)
+        self._set_timer(_Timer.ACKNOWLEDGE, ACKNOWLEDGE_WITHIN)
 
     def _send_again(self) -> None:
         self._is_asked_again = False
@@ -474,10 +479,10 @@ class KdSession:
             self._agree_on_ids(reset_first=True)
         elif self._line.times_sent:
             self._line.send_again()
-            self._set_timer(_Timer.RESEND, RESEND_AFTER)
+            self._set_timer(_Timer.ACKNOWLEDGE, ACKNOWLEDGE_WITHIN)
 
     def _acknowledged(self) -> None:
-        self._timers.pop(_Timer.RESEND, None)
+        self._timers.pop(_Timer.ACKNOWLEDGE, None)
         wait = self._wait
         if wait is None:
             return
@@ -503,7 +508,7 @@ class KdSession:
 
     def _interrupt(self) -> None:
         """What was under way with the kernel is void."""
-        self._timers.pop(_Timer.RESEND, None)
+        self._timers.pop(_Timer.ACKNOWLEDGE, None)
         self._timers.pop(_Timer.REPLY, None)
         if self._wait is not None:
             self._wait.program = None
