@@ -315,9 +315,12 @@ class KdSession:
 
     def _see_it_run(self) -> None:
         """The kernel runs, so what was sent to have it go on has arrived."""
-        if self._wait is not None and self._wait.program is None and self._line.times_sent:
-            self._line.take_as_acknowledged()
-            self._acknowledged()
+        wait = self._wait
+        if wait is not None and wait.program is None and not wait.is_held:
+            if self._line.times_sent:
+                self._line.take_as_acknowledged()
+            self._timers.pop(_Timer.ACKNOWLEDGE, None)
+            self._finish_wait(wait)
         if self._wait is None:
             self._last_wait = None
             self._timers.pop(_Timer.CONFIRM, None)
