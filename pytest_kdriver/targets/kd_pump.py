@@ -182,7 +182,7 @@ class SerialPump:
         connection = connect(self._address, timeout)
         try:
             self._ask(lambda _: self._adopt(connection), needs_port=False)
-        except BaseException:
+        except LinkError:
             connection.close()
             raise
 
