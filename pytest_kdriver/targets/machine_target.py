@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import sys
 import time
 import uuid
@@ -18,7 +19,8 @@ from pytest_kdriver.image.authenticode import read_signature
 from pytest_kdriver.image.pe import ImageLayout, read_image, read_layout
 from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.signing import NotSigned, SignatureError, signed_copy
-from pytest_kdriver.kernel.events import Fence, KernelMessage, Moment
+from pytest_kdriver.kernel.dump import parse_dump
+from pytest_kdriver.kernel.events import BugCheck, Fence, KernelMessage, Moment
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.leftovers import REMOVERS, SPILL, remove_file
@@ -71,6 +73,9 @@ class MachineTarget:
         self._loader: Loader | None = None
         self._pool_sampling: PoolSampling | None = None
         self._broken: str | None = None
+        self._minidump: bytes | None = None
+        self._begin = 0
+        """The log's position at the begin of this generation."""
         self._touched = False
         self._layouts: dict[str, ImageLayout] = {}
         self._installed = Installed()
@@ -167,6 +172,8 @@ class MachineTarget:
         self._loader = WineLoader(self) if self._on_wine else NtLoader(self)
         self._pool_sampling = None if self._on_wine else PoolSampling(self)
         self._broken = None
+        self._minidump = None
+        self._begin = len(self.log)
         self._touched = False
         if not isinstance(self.machine, LastingMachine):
             self._installed = Installed()
@@ -414,18 +421,30 @@ class MachineTarget:
                 missing.append(f"{suffix}: {error}")
         if dump and self._broken is not None:
             try:
-                self._collect_dump(stem.with_name(f"{stem.name}.dmp"))
+                if (content := self._fetch_minidump()) is not None:
+                    stem.with_name(f"{stem.name}.dmp").write_bytes(content)
             except (KdriverError, OSError, TimeoutError) as error:
                 missing.append(f".dmp: {error}")
         return missing
 
-    def _collect_dump(self, path: Path) -> None:
-        """Fetch the minidump of the crash that the guest stands behind, if it does."""
-        guest = self.machine.let_dump(self.guest)
-        if guest is None:
+    def _fetch_minidump(self) -> bytes | None:
+        """The minidump of the crash that the guest stands behind; None where it can't write one."""
+        if self._minidump is None and (guest := self.machine.let_dump(self.guest)) is not None:
+            self._guest = guest
+            self._minidump = fetch_minidump(guest.agent)
+        return self._minidump
+
+    def _ask_dump(self) -> None:
+        """Have the log tell of a crash that nobody but the guest's dump tells of."""
+        told = self.log.window(None, self._begin).of(BugCheck)
+        if any(event.driver is None for event in told):
             return
-        self._guest = guest
-        path.write_bytes(fetch_minidump(guest.agent))
+        with suppress(KdriverError, OSError, TimeoutError):
+            content = self._fetch_minidump()
+            if content is not None:
+                dump = parse_dump(io.BytesIO(content), "the guest's minidump")
+                now = time.monotonic()
+                self.log.append([BugCheck(now, None, dump.code, dump.parameters, stack=dump.stack)])
 
     # drivers
 
@@ -560,6 +579,7 @@ class MachineTarget:
             yield
         except LinkError as error:
             self.break_down(self._why_gone())
+            self._ask_dump()
             told = f"{phase}: {error}"
             if failure := self.machine.failure():
                 told += f"; {failure}"

@@ -93,6 +93,7 @@ class Domain:
         self._resets_allowed = _RESETS_WHILE_BOOTING
         self._held = False
         self._panics_go_on = False
+        self._restarts = False
         self._callbacks: list[Callable[[], object]] = []
         self._methods: dict[str, SnapshotMethod] = {}
         self._nodes: tuple[str, list[str]] | None = None
@@ -130,6 +131,7 @@ class Domain:
             self._resets_allowed = _RESETS_WHILE_BOOTING
             self.panic = None
             self._panics_go_on = False
+            self._restarts = False
         try:
             flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
             call(self._domain().createWithFlags, flags, timeout=timeout)
@@ -265,6 +267,7 @@ class Domain:
         else:
             node, devices = self._writable_nodes()
             self._do_job("snapshot-load", timeout, tag=_tag(tag), vmstate=node, devices=devices)
+        self._restarts = False
         self._check_status()
 
     def screenshot(self, path: Path, *, timeout: float = _MONITOR_TIMEOUT) -> None:
@@ -285,9 +288,9 @@ class Domain:
         self.monitor("set-action", panic="none")
         self._panics_go_on = True
 
-    def let_reset(self) -> None:
-        """A reset of the guest, which is to come, is none of its ends."""
-        self._resets_allowed = self.resets + _RESETS_WHILE_BOOTING
+    def let_restart(self) -> None:
+        """Up to the next load of a snapshot a panic and a reset of the guest are expected."""
+        self._restarts = True
 
     def xml(self) -> str:
         """What libvirt runs, without what it keeps secret. Raises ``TargetError``."""
@@ -431,18 +434,24 @@ class Domain:
             self._note_reset()
 
     def _note_panic(self) -> None:
-        """A kernel that goes on behind it is none that stopped, but whoever waits for it waits in vain."""
+        """A kernel that may go on behind it has not stopped; who waits for its agent waits in vain."""
         told = _panic_words(self.panic)
         if not self._panics_go_on:
             self._note(told)
-        elif self._on_stop is not None:
-            self._on_stop(told)
+        else:
+            self._note_crash(told)
+
+    def _note_crash(self, reason: str) -> None:
+        if self._on_stop is not None and not self._restarts:
+            self._on_stop(reason)
 
     def _note_reset(self) -> None:
         self.resets += 1
         if self._may_restart or self.resets <= self._resets_allowed:
             return
-        if self.resets == 1 or self._methods:
+        if self._panics_go_on:
+            self._note_crash("the guest reset itself")
+        elif self.resets == 1 or self._methods:
             self._note("the guest reset itself (a reboot, or a triple fault)")
         else:
             self._note(

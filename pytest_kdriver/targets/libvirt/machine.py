@@ -530,7 +530,7 @@ class LibvirtMachine:
         if not self._dumps or vm.bug_check is None or vm.domain.stopped is not None:
             return None
         guest.agent.close()
-        vm.domain.let_reset()
+        vm.domain.let_restart()
         if isinstance(vm.pump, KdPump):
             vm.pump.go_on()
         self._forget_crash(vm)
@@ -541,6 +541,8 @@ class LibvirtMachine:
     def _forget_crash(vm: _Vm) -> None:
         vm.bug_check = None
         vm.broke_down.clear()
+        if vm.domain.stopped is None:
+            vm.stopped.clear()
 
     def preflight(self, image: Path) -> Report:
         """See ``Machine``. The guest's kernel is not looked into."""
@@ -632,6 +634,8 @@ class _Vm:
             event = BugCheck(time.monotonic(), None, panic[0], panic[1:])
             self.bug_check = describe(event)
             self.log.append([event])
+        if self.domain.stopped is None:  # it goes on, to write its dump and to start again
+            self.bug_check = self.bug_check or reason
         self.stopped.set()
         self._give_up_agent()
 
