@@ -198,7 +198,7 @@ class Stops:
         if not self._bug_checked and code == BREAKPOINT:
             if self.fatal is None and status in {_BUG_CHECK_FIRST, _BUG_CHECK_SECOND}:
                 self.fatal = yield from self._bug_check_data(change.processor)
-            if self.fatal is not None:
+            if self.fatal is not None and status != _CONTROL_C:
                 self.tell_bug_check((yield from self._stack(change.processor, context)))
         if self._bug_checked:
             if self._hold_bug_checks or status != _BUG_CHECK_FIRST:
