@@ -22,7 +22,11 @@ CONNECT_TIMEOUT: Final = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptVm:
-    """A machine that was kept. ``folder`` is its run's, ``console`` a file with what its console said."""
+    """A machine that was kept. ``folder`` is its run's, ``console`` a file with what its console said.
+
+    ``listen`` is how its kernel is listened to, which stands still at an exception where nobody does; "" for
+    one without a debugger.
+    """
 
     folder: Path
     target: str
@@ -30,6 +34,7 @@ class KeptVm:
     uri: str
     console: str
     address: Address
+    listen: str = ""
 
     def write(self) -> None:
         """Write it down, for ``kept_vms``."""
@@ -40,6 +45,7 @@ class KeptVm:
 
     def how_to_reach(self) -> str:
         """The commands for it, in lines."""
+        listen = [f"    {self.listen}   is its kernel's debugger"] if self.listen else []
         return "\n".join(
             (
                 f"{self.domain} is kept:",
@@ -47,6 +53,7 @@ class KeptVm:
                 f"    kdriver vm screenshot {self.domain}",
                 f"    virsh --connect '{self.uri}' dominfo {self.domain}",
                 f"    tail -f {self.console}",
+                *listen,
                 f"    kdriver vm stop {self.domain}   ends it",
             )
         )

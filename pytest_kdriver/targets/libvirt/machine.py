@@ -90,6 +90,12 @@ FREE_SPACE: Final = 64 << 20
 """Bytes that have to be free on the guest's C:."""
 
 _ASKED_FOR: Final = frozenset(operation.name for operation in messages.OPERATIONS)
+_LISTEN: Final = {
+    "kd": "kdriver kd listen unix:{}",
+    "text": "kdriver kd listen --text unix:{}",
+    "wine-trace": "",
+    "none": "",
+}
 _WAYS: Final = {
     "qmp": "QEMU's snapshot-load",
     "libvirt": "libvirt's revert, which starts QEMU anew",
@@ -444,6 +450,7 @@ class LibvirtMachine:
             uri=self._config.uri,
             console=str(vm.domain.spec.console),
             address=self._address(vm),
+            listen=_LISTEN[self._config.kernel_log].format(vm.sockets / "trace"),
         )
         kept.write()
         vm.let_go()
