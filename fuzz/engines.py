@@ -24,8 +24,6 @@ MOST_SECONDS: Final = 5.0
 MOST_MEMORY: Final = 32 << 20
 """Bytes, for one input; each thousandth is looked at."""
 MOST_ADDRESS_SPACE: Final = 4 << 30
-LONGEST: Final = 10 << 10
-"""Bytes of an input: a dump's headers, and more."""
 
 _SAMPLED: Final = 1000
 _BATCH: Final = 2000
@@ -118,7 +116,12 @@ def run_atheris(tally: Tally, target: Target, seed: int, folder: Path) -> None:
     for number, data in enumerate(target.seeds()):
         (corpus / str(number)).write_bytes(data)
     # A seed of 0 would be one by chance; a timeout is the tally's, in the processor's time.
-    options = [f"-seed={seed or 1}", f"-max_len={LONGEST}", "-rss_limit_mb=0", "-timeout=600"]
+    options = [
+        f"-seed={seed or 1}",
+        f"-max_len={target.longest}",
+        "-rss_limit_mb=0",
+        "-timeout=600",
+    ]
     arguments = ["fuzz", *options, f"-artifact_prefix={folder}/", "-verbosity=0", str(corpus)]
     atheris.Setup(arguments, tally.check)
     atheris.Fuzz()
@@ -143,7 +146,7 @@ def run_mutation(tally: Tally, target: Target, seed: int) -> None:
                     piece = chance.choice(seeds)
                     begin = chance.randrange(len(piece) + 1)
                     data[at:at] = piece[begin : begin + chance.randrange(256)]
-        tally.check(bytes(data[:LONGEST]))
+        tally.check(bytes(data[: target.longest]))
 
 
 def main(arguments: list[str]) -> None:

@@ -35,18 +35,22 @@ from tests.dump_builder import header, minidump
 
 CAPTURES: Final = Path(__file__).parents[1] / "tests" / "data" / "kd"
 _MOST_SENT: Final = 64 << 10
-_MOST_PIECES: Final = 64
+_MOST_PIECES: Final = 24
 """So that an input takes a millisecond, and not a call for each byte."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A parser. ``check`` raises for an input that shows a mistake, ``inputs`` makes inputs of some sense."""
+    """A parser. ``check`` raises for an input that shows a mistake, ``inputs`` makes inputs of some sense.
+
+    ``longest`` is the bytes of an input of those engines that would make longer ones.
+    """
 
     name: str
     check: Callable[[bytes], None]
     inputs: st.SearchStrategy[bytes]
     seeds: Callable[[], Sequence[bytes]]
+    longest: int
 
 
 def _feed(source: Source, data: bytes, size: int, step: float, host: bytes = b"") -> list[Event]:
@@ -254,10 +258,10 @@ _PACKET_INPUTS: Final = st.builds(
 def _packet_seeds() -> list[bytes]:
     """Pieces of real traffic, and programs of each kind of packet."""
     seeds = [
-        bytes([1, 255, 0, 0]) + data[at : at + 4000]
+        bytes([1, 255, 0, 0]) + data[at : at + 2000]
         for file in sorted(CAPTURES.glob("*.target.bin"))
         for data in (file.read_bytes(),)
-        for at in (0, len(data) // 2, max(len(data) - 4000, 0))
+        for at in range(0, len(data), len(data) // 8 + 1)
     ]
     every = b"".join(bytes([kind, kind & 1 | 2 * (not kind), 3]) + b"abc" for kind in range(12))
     return [*seeds, bytes([0, 255, 0, 0]) + every, bytes([0, 7, 10, 4, 1, 2, 3, 4]) + every]
@@ -328,18 +332,21 @@ TARGETS: Final = {
             check=_check_packets,
             inputs=_PACKET_INPUTS,
             seeds=_packet_seeds,
+            longest=2 << 10,
         ),
         Target(
             name="text",
             check=_check_text,
             inputs=_TEXT_INPUTS,
             seeds=lambda: [b"\xff\0" + text for text in _TEXTS] + [b"\x07\x05" + b"".join(_TEXTS)],
+            longest=5 << 10,  # a line is told in pieces of 4 KiB
         ),
         Target(
             name="dumps",
             check=_check_dump,
             inputs=_DUMP_INPUTS,
             seeds=lambda: [*(b"\xff" + base for base in _BASES), bytes(4), bytes([0, 1, 0, 0])],
+            longest=10 << 10,  # the headers, and more
         ),
     )
 }
