@@ -102,9 +102,8 @@ def _listen(options: argparse.Namespace) -> int:
         _say(_WITHOUT_READER if options.text else _WITHOUT_DEBUGGER)
         if pump is not None:
             lag = pump.lag
-            _say(
-                f"it waited {lag.mean * 1e6:.0f} us for an answer, {lag.longest * 1e3:.1f} ms at most"
-            )
+            mean, longest = lag.mean * 1e6, lag.longest * 1e3
+            _say(f"it was answered within {mean:.0f} us on average, {longest:.1f} ms at most")
     finally:
         events.close()
         if pump is not None:
