@@ -491,6 +491,12 @@ _KERNEL_LOG: Final = tuple(
             "the debugger is told before it",
         ),
         (
+            "a kernel without its debugger waits some seconds at a print, and at an exception or a bug check "
+            "until there is one",
+            "",
+            "it would hang",
+        ),
+        (
             "COM2 stays COM2 when the debugger takes COM1",
             "",
             "an agent at COM2 shows it",
