@@ -1,6 +1,7 @@
 """The simulated kernel as a program on a serial device, a Unix socket or a TCP port.
 
-    python3 run.py (--port /dev/ttyS0 | --socket PATH | --tcp PORT) [--script FILE] [--status FILE] [--faulty]
+    python3 run.py (--port /dev/ttyS0 [--baud 115200] | --socket PATH | --tcp PORT)
+        [--script FILE] [--status FILE] [--faulty]
 
 The script is a JSON list of steps. A step is an object with one key, a method of ``KdTarget``, and its
 arguments: ``{"print": {"text": "hello", "processor": 1}}``. Besides these there are
@@ -40,6 +41,10 @@ else:
     from simulator import KdTarget
 
 CHUNK = 4096
+FIFO = 16
+"""Bytes that a serial port takes at one time."""
+BITS = 10
+"""Bits on the line for a byte, with those around it."""
 TELL = 0.1
 """Seconds between two writes of the status, while the target is busy."""
 
@@ -110,9 +115,10 @@ class Line(Protocol):
 
 
 class Port:
-    """A terminal that passes each byte as it is."""
+    """A terminal that passes each byte as it is, no faster than ``baud`` allows, which 0 does not limit."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, baud: int) -> None:
+        self._baud = baud
         self._port = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
         tty.setraw(self._port)
         attributes = termios.tcgetattr(self._port)
@@ -128,9 +134,14 @@ class Port:
 
     def write(self, data: bytes) -> int:
         try:
-            return os.write(self._port, data)
+            if not self._baud:
+                return os.write(self._port, data)
+            size = os.write(self._port, data[:FIFO])
         except BlockingIOError:
             return 0
+        termios.tcdrain(self._port)
+        time.sleep(size * BITS / self._baud)
+        return size
 
 
 class Listener:
@@ -227,6 +238,7 @@ def main() -> None:
     where.add_argument("--port")
     where.add_argument("--socket", type=Path)
     where.add_argument("--tcp", type=int)
+    parser.add_argument("--baud", type=int, default=0)
     parser.add_argument("--script", type=Path)
     parser.add_argument("--status", type=Path)
     parser.add_argument("--processors", type=int, default=2)
@@ -239,7 +251,7 @@ def main() -> None:
     status = Status(arguments.status, target)
     steps = sys.stdin.fileno() if arguments.script is None else None
     if arguments.port:
-        line: Line = Port(arguments.port)
+        line: Line = Port(arguments.port, arguments.baud)
     elif arguments.socket is not None:
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(str(arguments.socket))
