@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,7 @@ from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.kernel.sources.text import SerialText
 from pytest_kdriver.targets.kd_pump import KdPump, SerialPump
 from pytest_kdriver.targets.libvirt.connection import Hypervisor
+from pytest_kdriver.targets.libvirt.kept import kept_vms
 from pytest_kdriver.targets.libvirt.machine import LibvirtMachine
 from pytest_kdriver.targets.machine_target import MachineTarget
 from tests.dump_builder import header, minidump
@@ -25,6 +30,7 @@ from tests.vm.standin import PREFIX
 from tests.vm.tiny_guest import TinyGuest
 
 SIMULATOR = [Path(__file__).parents[1] / "kd" / name for name in ("run.py", "simulator.py")]
+KDRIVER = "import sys; from pytest_kdriver.cli import main; sys.exit(main())"
 TICK = 0.02
 NT = 0xFFFFF80000000000
 SECONDS = 30.0
@@ -167,6 +173,23 @@ def test_its_dump_is_fetched_behind_its_restart(target: MachineTarget, tmp_path:
     assert (tmp_path / "test.dmp").read_bytes() == content
     target.repair()
     assert ticks(target, len(target.log))
+
+
+def test_that_is_kept_can_be_listened_to(target: MachineTarget, own_cache: Path) -> None:
+    told = target.keep()
+    assert told is not None
+    found = re.search(r"kdriver (kd listen unix:\S+)", told)
+    assert found is not None
+    command = [sys.executable, "-c", KDRIVER, *found[1].split()]
+    (machine,) = kept_vms()
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listener:
+            assert listener.stdout is not None
+            assert next(line for line in listener.stdout if "tick" in line)
+            listener.send_signal(signal.SIGINT)
+        assert listener.returncode == 0
+    finally:
+        machine.remove()
 
 
 def test_text_of_a_guest_s_serial_port_is_lines(hypervisor: Hypervisor, guest_folder: Path) -> None:
