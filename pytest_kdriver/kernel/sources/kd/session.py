@@ -400,6 +400,8 @@ class KdSession:
 
     def _leave(self, wait: _Wait, status: int | None) -> None:
         assert wait.change is not None
+        if self._stops.fatal is None:
+            self._timers.pop(_Timer.BUG_CHECK, None)
         if status is None:
             wait.is_held = True
             self.state = KdState.HELD
