@@ -95,7 +95,7 @@ class FaultyWire:
                 return data[:at]
             case Kind.FLIP:
                 flips = (_flip(data, at, (fault.bit + more) % 8) for more in range(8))
-                return next(flipped for flipped in flips if not _looks_whole(flipped, at))
+                return next((flipped for flipped in flips if not _looks_whole(flipped, at)), data)
 
 
 def _flip(data: bytes, at: int, bit: int) -> bytes:
@@ -109,17 +109,18 @@ _CONTROLS: Final = frozenset({4, 5, 6})
 def _looks_whole(data: bytes, at: int) -> bool:
     """Whether the header that byte ``at`` lies in is one that could have been meant.
 
-    No sum covers a header: nobody can see that its id is the other one, or that a control packet is of
-    another kind.
+    No sum covers a header: nobody can see that its id is the other one, or that it is of another type. A
+    kernel acknowledges a packet of a type that it does not wait for, and drops it.
     """
     start = 0
     while start + HEADER.size <= len(data):
         leader, kind, size, identifier, _ = HEADER.unpack_from(data, start)
         end = start + HEADER.size + (0 if leader == CONTROL else size + 1)
         if start <= at < start + HEADER.size:
-            if leader == CONTROL and at - start < 6:
-                return kind in _CONTROLS
-            return leader in {CONTROL, DATA} and 8 <= at - start < 12 and identifier in _IDS
+            where = at - start
+            is_type = where in {4, 5} and (leader == DATA or kind in _CONTROLS)
+            is_id = where in range(8, 12) and identifier in _IDS
+            return leader in {DATA, CONTROL} and (is_type or is_id)
         if leader not in {CONTROL, DATA} or at < end:
             return False
         start = end
