@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -25,6 +27,10 @@ from pytest_kdriver.kernel.sources.kd.session import KdSession, KdState
 from tests.kd.faulty_wire import Fault, FaultyWire, Kind
 from tests.kd.simulator import (
     BREAK_WITH_STATUS,
+    CONTROL,
+    DATA,
+    DEBUG_IO,
+    HEADER,
     INITIAL,
     KERNEL,
     KERNEL_PATH,
@@ -553,3 +559,80 @@ class TestAttaching:
         assert both.target.present
         assert both.prints == [b"found\n"]
         assert both.target.errors == both.mistakes == []
+
+
+class TestTheSimulatedKernel:
+    """Against what a real one sent, and what a real debugger answered: ``tests/data/kd/README.md``."""
+
+    RECORDED = Path(__file__).parents[1] / "data" / "kd"
+
+    @pytest.mark.parametrize("name", ["boot-load-unload", "bugcheck"])
+    def test_takes_a_real_debugger_s_bytes_for_whole_packets(self, name: str) -> None:
+        said = (self.RECORDED / f"{name}.host.bin").read_bytes()
+        assert HostStream().receive_data(said) == []
+        assert HostStream().receive_data(said[1:]) != []
+
+    def test_says_what_a_real_kernel_said_in_the_same_packets(self) -> None:
+        """It gets the recorded answers. What it says is compared but for what the real one left to chance."""
+        said = packets((self.RECORDED / "boot-load-unload.target.bin").read_bytes())
+        answers = packets((self.RECORDED / "boot-load-unload.host.bin").read_bytes())
+        target = booted_without_its_own_image()
+        for packet in said:
+            leader, kind, *_ = HEADER.unpack_from(packet)
+            if leader == CONTROL:
+                continue
+            payload = packet[HEADER.size : -1]
+            if kind == DEBUG_IO:
+                target.print(payload[16:], int.from_bytes(payload[6:8], "little"))
+                same = [slice(0, 4), slice(6, 12), slice(16, None)]
+            else:
+                base, size = struct.unpack_from("<Q12xI", payload, 40)
+                target.load(payload[240:-1].decode(), base, size)
+                same = [slice(0, 4), slice(32, 36), slice(40, 48), slice(60, 65), slice(240, None)]
+            target.receive_data(b"", 0.0)
+            (simulated,) = packets(target.data_to_send())
+            assert simulated[:12] == packet[:12]  # the leader, the type, the size, the id
+            assert [simulated[16:-1][part] for part in same] == [payload[part] for part in same]
+            target.receive_data(answers.pop(0), 0.0)
+            if kind != DEBUG_IO:
+                target.receive_data(answers.pop(0), 0.0)
+                (acknowledgement,) = packets(target.data_to_send())
+                assert acknowledgement[4:6] == b"\x04\0"
+            assert target.idle
+        assert target.errors == []
+        assert answers == []
+
+    def test_tells_of_a_bug_check_as_a_real_kernel_did(self) -> None:
+        said = packets((self.RECORDED / "bugcheck.target.bin").read_bytes())
+        place, text = next(
+            (place, packet) for place, packet in enumerate(said) if b"Fatal System" in packet
+        )
+        target = booted_without_its_own_image()
+        target.bug_check(0xDEADBEEF, (1, 2, 3, 4))
+        target.receive_data(b"", 0.0)
+        (simulated,) = packets(target.data_to_send())
+        assert simulated[32:] == text[32:]
+        target.receive_data(HEADER.pack(CONTROL, 4, 0, INITIAL, 0), 0.0)
+        (stop,) = packets(target.data_to_send())
+        real = said[place + 1]
+        assert stop[4:8] == real[4:8]  # the type and the size
+        both = [slice(0, 4), slice(6, 8), slice(32, 36), slice(184, 188), slice(216, 217)]
+        assert [stop[16:][part] for part in both] == [real[16:][part] for part in both]
+
+
+def booted_without_its_own_image() -> KdTarget:
+    """A kernel that has said nothing yet."""
+    target = KdTarget(processors=1)
+    target._queue.clear()
+    return target
+
+
+def packets(data: bytes) -> list[bytes]:
+    """The packets of a stream without a fault."""
+    found = []
+    while data:
+        leader, _, size, _, _ = HEADER.unpack_from(data)
+        end = HEADER.size + (size + 1 if leader == DATA else 0)
+        found.append(data[:end])
+        data = data[end:]
+    return found
