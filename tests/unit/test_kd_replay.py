@@ -70,6 +70,25 @@ def replay(name: str, *sizes: int) -> tuple[list[Event], bytes, KdSession]:
     return events, sent, session
 
 
+def borders(name: str) -> list[int]:
+    """Where the recording's packets end."""
+    ends = [0]
+    for _, payload in packets(recorded(name, "target")):
+        ends.append(ends[-1] + 16 + len(payload) + (1 if payload else 0))
+    return ends[1:-1]
+
+
+def acknowledged(data: bytes) -> list[bytes]:
+    """The acknowledgements in what a host sent, in order."""
+    return re.findall(rb"iiii\x04\0\0\0[\0\x01]\0\x80\x80\0{4}", data)
+
+
+def heard(name: str, *sizes: int) -> tuple[list[Event], list[bytes]]:
+    """What a replay tells, and what it acknowledges."""
+    events, sent, _ = replay(name, *sizes)
+    return events, acknowledged(sent)
+
+
 @pytest.mark.parametrize(
     ("name", "counts"),
     [
@@ -114,19 +133,16 @@ def test_the_bug_check_is_told_with_what_it_was_called_with() -> None:
 
 @pytest.mark.parametrize("name", CAPTURES)
 def test_each_packet_is_acknowledged_as_the_recorded_host_did(name: str) -> None:
-    def acknowledged(data: bytes) -> list[bytes]:
-        return re.findall(rb"iiii\x04\0\0\0[\0\x01]\0\x80\x80\0{4}", data)
+    _, acknowledgements = heard(name)
 
-    _, sent, _ = replay(name)
-
-    assert acknowledged(sent) == acknowledged(recorded(name, "host"))
+    assert acknowledgements == acknowledged(recorded(name, "host"))
 
 
 def test_the_kernel_is_let_go_on_from_images_as_the_recorded_host_did() -> None:
     def requests(data: bytes) -> list[bytes]:
         return [payload for kind, payload in packets(data) if kind == MANIPULATE]
 
-    _, sent, _ = replay("boot-load-unload")
+    _, sent, _ = replay("boot-load-unload", *borders("boot-load-unload"))
 
     assert requests(sent) == requests(recorded("boot-load-unload", "host"))
 
@@ -151,9 +167,8 @@ def test_the_bug_checks_stop_is_held_where_the_recording_ends_there() -> None:
 @pytest.mark.parametrize("name", CAPTURES)
 def test_a_replay_in_single_bytes_tells_the_same(name: str) -> None:
     size = len(recorded(name, "target"))
-    events, sent, _ = replay(name, *range(1, size))
 
-    assert (events, sent) == replay(name)[:2]
+    assert heard(name, *range(1, size)) == heard(name)
 
 
 @settings(max_examples=60, deadline=None)
@@ -162,18 +177,16 @@ def test_a_replay_cut_anywhere_and_resumed_tells_the_same(name: str, data: st.Da
     size = len(recorded(name, "target"))
     cuts = data.draw(st.lists(st.integers(0, size), max_size=8).map(sorted))
 
-    assert replay(name, *cuts)[:2] == replay(name)[:2]
+    assert heard(name, *cuts) == heard(name)
 
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(CAPTURES), data=st.data())
 def test_garbage_between_the_packets_costs_none_of_them(name: str, data: st.DataObject) -> None:
     whole = recorded(name, "target")
-    borders = [0]
-    for kind, payload in packets(whole):
-        borders.append(borders[-1] + 16 + len(payload) + (kind != ACKNOWLEDGE))
     dirty = whole
-    for border in sorted(data.draw(st.lists(st.sampled_from(borders), max_size=8)), reverse=True):
+    places = st.lists(st.sampled_from([0, *borders(name), len(whole)]), max_size=8)
+    for border in sorted(data.draw(places), reverse=True):
         garbage = data.draw(st.binary(max_size=40).map(lambda noise: noise.replace(b"0000", b"")))
         dirty = dirty[:border] + garbage + dirty[border:]
 
@@ -195,7 +208,7 @@ def test_a_host_that_comes_later_hears_the_rest_of_the_prints(
     session = KdSession()
     events = session.receive_data(whole[begin:], 0.0)
 
-    heard = [event for event in events if isinstance(event, DebugPrint)]
+    rest = [event for event in events if isinstance(event, DebugPrint)]
     prints = [event for event in told(name) if isinstance(event, DebugPrint)]
-    assert heard == prints[len(prints) - len(heard) :]
-    assert whole.count(b"0000\x03\0", begin) == len(heard)
+    assert rest == prints[len(prints) - len(rest) :]
+    assert whole.count(b"0000\x03\0", begin) == len(rest)

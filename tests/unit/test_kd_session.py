@@ -619,6 +619,48 @@ class TestAttaching:
         for _ in range(5):
             assert kinds(kernel.give(control_packet(RESET))[1]) == []
 
+    def test_a_kernel_that_finds_an_old_reset_in_its_port_as_it_boots_is_let_go_on_once(
+        self, session: KdSession
+    ) -> None:
+        kernel = self.attach(session)
+        kernel.now = 102.0
+        assert kinds(kernel.give(b"")[1]) == [RESET]
+        payload = loaded("ntoskrnl.exe", KERNEL, 0x1000000)
+        events, sent = kernel.give(
+            data_packet(STATE_CHANGE, INITIAL | SYNC, payload)
+            + control_packet(RESET)
+            + data_packet(STATE_CHANGE, INITIAL, payload)
+        )
+        assert [type(event) for event in events] == [ImageLoaded]
+        assert kinds(sent) == [ACKNOWLEDGE, ACKNOWLEDGE, MANIPULATE]
+        kernel.id = INITIAL | 1
+        assert kernel.serve(sent[2:]) == []
+        assert (session.attached, session.state) == (True, KdState.RUNNING)
+
+    def test_a_request_behind_a_reset_outlives_the_answer_to_that(self, session: KdSession) -> None:
+        kernel = self.attach(session)
+        kernel.now = 102.0
+        assert kinds(kernel.give(b"")[1]) == [RESET]
+        payload = loaded("demo.sys", DRIVER, 0x8000)
+        kernel.id = INITIAL | SYNC
+        events, (go_on,) = kernel.say(STATE_CHANGE, payload)
+        assert len(events) == 1
+        kernel.id = INITIAL
+        assert kernel.give(control_packet(RESET)) == ([], [])
+        assert kernel.say(STATE_CHANGE, payload) == ([], [])
+        assert kernel.acknowledge(go_on) == ([], [])
+        assert (session.attached, session.state) == (True, KdState.RUNNING)
+
+    def test_a_reset_that_brings_nothing_is_followed_by_more(self, session: KdSession) -> None:
+        kernel = self.attach(session)
+        kernel.at(KERNEL + 0x100, argument=1)
+        _, sent = kernel.say(STATE_CHANGE, raised(INT3, KERNEL + 0x100))
+        self.answer_reset(kernel, sent)
+        for now, stimulus in ((102.0, b"b"), (104.0, control_packet(RESET))):
+            assert session.next_deadline() == now
+            session.receive_data(b"", now)
+            assert session.data_to_send() == stimulus
+
     def test_a_kernel_that_does_not_answer_is_lost_and_can_come_back(
         self, session: KdSession
     ) -> None:

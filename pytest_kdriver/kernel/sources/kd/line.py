@@ -65,8 +65,10 @@ class Signal(Enum):
     """It has not."""
     RESET = auto()
     """The ids agree; what was sent is void. The target repeats what it waits for."""
+    EARLIER_RESET = auto()
+    """The same, but what is under way was sent behind that, and is valid."""
     SYNC = auto()
-    """The same, since the target begins anew."""
+    """The ids agree, and what was sent is void, since the target begins anew."""
 
 
 Incoming: TypeAlias = Arrived | Signal
@@ -86,6 +88,10 @@ class Line:
         self._id = INITIAL_ID
         self._expected_id: int | None = None
         self._sent = b""
+        self._is_behind_resets = False
+        """Whether it was sent behind all RESETs, as the first of a new stream of ids."""
+        self._unsent = b""
+        """The same, until it is handed out; what became void before that never is."""
         self._last: DataPacket | None = None
         self._behind_reset: DataPacket | None = None
         """What came since a RESET was sent: the target reads that before the acknowledgement."""
@@ -98,9 +104,10 @@ class Line:
         return self._reader.is_within_packet
 
     def data_to_send(self) -> bytes:
-        """The bytes for the target, each only once."""
-        data = bytes(self._out)
+        """The bytes for the target, each only once; a data packet comes last."""
+        data = bytes(self._out) + self._unsent
         self._out.clear()
+        self._unsent = b""
         return data
 
     def start_over(self) -> None:
@@ -116,24 +123,25 @@ class Line:
 
     def send(self, packet_type: int, payload: bytes) -> None:
         """Send a data packet; the one before, if it is under way, is given up."""
-        self._sent = data_packet(packet_type, self._id, payload)
+        self._sent = self._unsent = data_packet(packet_type, self._id, payload)
         self.times_sent = 1
-        self._out += self._sent
+        self._is_behind_resets = self._id == INITIAL_ID
 
     def send_again(self) -> None:
         """Send what is not acknowledged once more."""
         self.times_sent += 1
-        self._out += self._sent
+        self._unsent = self._sent
 
     def drop(self) -> None:
         """Nothing is under way."""
-        self._sent = b""
+        self._sent = self._unsent = b""
         self.times_sent = 0
 
     def take_as_acknowledged(self) -> None:
         """What was sent has arrived, as is seen by what the target does."""
-        self._id ^= 1
-        self.resets_under_way = 0
+        if not self._unsent:
+            self._id ^= 1
+            self.resets_under_way = 0
         self.drop()
 
     def break_in(self) -> None:
@@ -146,6 +154,7 @@ class Line:
         self.resets_under_way += 1
         self._has_reset = True
         self._behind_reset = None
+        self._is_behind_resets = False
 
     def ask_to_repeat(self) -> None:
         """Have the target send its packet again."""
@@ -186,6 +195,9 @@ class Line:
             if self.resets_under_way:
                 self.resets_under_way -= 1
                 self._repeated, self._behind_reset = self._behind_reset, None
+                if self.times_sent and self._is_behind_resets:
+                    self._expected_id, self._last = INITIAL_ID, None
+                    return Signal.EARLIER_RESET
             elif not self._has_reset:  # a target answers each, so that this would have no end
                 self.reset()
             self._begin_anew(INITIAL_ID)
@@ -193,7 +205,7 @@ class Line:
         if packet.type == PacketType.RESEND:
             self._statistics.resends_received += 1
             return Signal.RESEND if self.times_sent else Signal.HEARD
-        if self.times_sent and packet.id & ~SYNC == self._id:
+        if self.times_sent and not self._unsent and packet.id & ~SYNC == self._id:
             self.take_as_acknowledged()
             return Signal.ACKNOWLEDGED
         return Signal.HEARD
@@ -201,6 +213,7 @@ class Line:
     def _begin_anew(self, expected_id: int) -> None:
         self._id = INITIAL_ID
         self._expected_id = expected_id
+        self._last = None
         self.ids_agree = True
         self.drop()
 
@@ -212,18 +225,17 @@ class Line:
         """
         last, base = self._last, packet.id & ~SYNC
         repeated, self._repeated = self._repeated, None
-        is_same = last is not None and (packet.type, packet.payload) == (last.type, last.payload)
         if packet.id & SYNC:
             is_duplicate = packet == last
             if not is_duplicate:
-                self.resets_under_way = 0
+                self._behind_reset = None
                 self._begin_anew(base)
                 yield Signal.SYNC
         elif self._expected_id is not None and base != self._expected_id:
-            is_duplicate = is_same
-            self.ids_agree = self.ids_agree and is_same
+            is_duplicate = last is not None and _same(packet, last)
+            self.ids_agree = self.ids_agree and is_duplicate
         else:
-            is_duplicate = is_same and repeated is not None and is_print(repeated)
+            is_duplicate = repeated is not None and is_print(packet) and _same(packet, repeated)
             self._expected_id = base
         if is_duplicate:
             self._statistics.duplicates += 1
@@ -238,3 +250,7 @@ class Line:
                 self.resets_under_way = 0
             self._behind_reset = packet
         yield Arrived(packet.type, packet.payload)
+
+
+def _same(one: DataPacket, other: DataPacket) -> bool:
+    return (one.type, one.payload) == (other.type, other.payload)

@@ -144,6 +144,7 @@ class KdSession:
         self._is_asked_again = False
         self._unsure_until = 0.0
         self._confirmations = 0
+        self._repetition_is_due = False
         self._due: dict[_Timer, Callable[[], None]] = {
             _Timer.STALL: self._give_up_packet,
             _Timer.ACKNOWLEDGE: self._miss_acknowledgement,
@@ -238,6 +239,9 @@ class KdSession:
                 self._is_asked_again = True
             elif one is Signal.RESET:
                 self._interrupt()
+                self._await_repetition()
+            elif one is Signal.EARLIER_RESET:
+                self._repetition_is_due = True
             elif one is Signal.SYNC:
                 self._interrupt()
                 self._forget_kernel()
@@ -267,6 +271,7 @@ class KdSession:
         self._stops.tell_bug_check()
         self._stops.forget_bug_check()
         self._wait = self._last_wait = None
+        self._repetition_is_due = False
 
     def _take_packet(self, packet: Arrived) -> None:
         kind, payload = packet
@@ -336,10 +341,13 @@ class KdSession:
             self._ask_what_it_waits_for()
             return
         known = self._wait or self._last_wait
+        is_due, self._repetition_is_due = self._repetition_is_due, False
         if known is None or known.packet != wait.packet:
             self._begin(wait, is_again=False)
         elif known.is_interrupted:
             self._begin(known, is_again=True)
+        elif is_due:
+            return
         elif known.program is not None:
             self._send_again()
         elif not known.is_held and self._now < self._unsure_until:
@@ -518,6 +526,12 @@ class KdSession:
         if self._wait is not None:
             self._wait.program = None
             self._wait.is_interrupted = True
+
+    def _await_repetition(self) -> None:
+        """It is going to say again what it waits for, if it does; where that is lost, it is asked again."""
+        if self._wait is not None and not self._wait.is_held:
+            self._is_attaching = self._reset_is_next = True
+            self._timers.setdefault(_Timer.ATTEMPT, self._now + ATTEMPT)
 
     def _attempt(self) -> None:
         self._count_attempt()
