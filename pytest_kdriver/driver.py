@@ -164,7 +164,8 @@ class Driver:
         self._untold: list[KdriverError] = []
         self._thread = threading.get_ident()
         self._told_elsewhere: DriverError | None = None
-        self._crash_seen_to = self._judged_to = len(target.log)
+        self._crash_seen_to = _NEVER  # before its first load a crash is none of its
+        self._judged_to = len(target.log)
         self._window = target.log.window(self.service)
         self._dbgprint = DbgPrint(
             self._window,
@@ -387,6 +388,8 @@ class Driver:
         ):
             try:
                 step()
+            except TargetError as error:  # which may be of a crash that is told by nothing else
+                errors.append(self._untold_crash() or error)
             except KdriverError as error:
                 errors.append(error)
         self._finished = True
@@ -506,7 +509,11 @@ class Driver:
     def _sample_behind(self) -> None:
         """Have its pool counted, if it is gone, and was counted before its load."""
         if self._state is _State.UNLOADED and self._sampled_in == self._target.generation:
-            self._target.sample_pool(self.service, self._pool_tags, "after")
+            try:
+                self._target.sample_pool(self.service, self._pool_tags, "after")
+            except TargetError:
+                self._raise_crash()
+                raise
             self._sampled_in = None
 
     def _enter(self) -> None:
@@ -716,6 +723,8 @@ class Driver:
         self._target.break_down(reason)
 
     def _late(self, phase: str, routine: str, limit: float, late: CallTimeout) -> DriverTimeout:
+        """What to raise where a call had to be cut. Of what a kernel that hangs does then, nobody is told."""
+        self._crash_seen_to = len(self._target.log) + _NEVER
         self._lose(f"{self.service} did not return from {routine}")
         return self._tell(
             DriverTimeout(
@@ -794,11 +803,12 @@ def asking(target: Target, what: str) -> Iterator[Agent]:
         target.repair()
     agent = target.agent
     try:
-        yield agent
-    except LinkError as error:
-        agent.close()  # a send may fail before the end is read, and the next to ask has to know
-        target.break_down("its agent is gone")
-        raise TargetError(f"{what}: {error}", target=target.name) from error
+        with target.agent_errors(what):
+            try:
+                yield agent
+            except LinkError:
+                agent.close()  # a send may fail before the end is read, and the next has to know
+                raise
     except TimeoutError as error:
         raise TargetError(f"{what} was not over in time: {error}", target=target.name) from error
 

@@ -185,7 +185,11 @@ def kdriver_target(request: pytest.FixtureRequest) -> Iterator[TargetHandle]:
     with _plain_failures():
         handle = session.handle(name)
     yield handle
-    session.close_target(name)
+    try:
+        with _plain_failures():
+            session.see_through(name)
+    finally:
+        session.close_target(name)
 
 
 @pytest.fixture

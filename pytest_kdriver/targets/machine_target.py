@@ -20,8 +20,8 @@ from pytest_kdriver.image.pe import ImageLayout, read_image, read_layout
 from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.signing import NotSigned, SignatureError, signed_copy
 from pytest_kdriver.kernel.dump import parse_dump
-from pytest_kdriver.kernel.events import BugCheck, Fence, KernelMessage, Moment
-from pytest_kdriver.kernel.log import KernelLog
+from pytest_kdriver.kernel.events import BugCheck, Fence, ImageUnloaded, KernelMessage, Moment
+from pytest_kdriver.kernel.log import KernelLog, Window
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.leftovers import REMOVERS, SPILL, remove_file
 from pytest_kdriver.targets.loader import SERVICES_GONE, Loader
@@ -299,32 +299,55 @@ class MachineTarget:
 
     def repair(self) -> None:
         """See ``Target``."""
-        untold = None
-        if self._guest is not None and self._guest.agent.closed:
-            if self._broken is None:
-                untold = self._lost_with()
-            self.break_down(self._why_gone())
+        untold = self._note_loss()
         if self._broken is not None:
             self._renew()
         self.start()
         if untold is not None:
             raise TargetError(untold, target=self.name)
 
-    def _lost_with(self) -> str | None:
-        """What to tell where the agent was lost between two calls of a test; None: nothing.
+    def see_through(self) -> None:
+        """See ``Target``."""
+        if (untold := self._note_loss()) is not None:
+            raise TargetError(untold, target=self.name)
 
-        The machine may have gone down with a driver, and without a kernel log nobody else would say so.
+    def _note_loss(self) -> str | None:
+        """Note that the guest is lost, where it is; what to tell of that, if nobody was told. None: nothing.
+
+        A kernel may crash between two tests. Without a kernel log the machine may have gone down with a
+        driver, and the loss of its agent between two calls of a test is all that is seen of it.
         """
-        if self.guest.feed is not None or not self._installed.services:
+        if self._guest is None or not self._guest.agent.closed or self._broken is not None:
             return None
-        names = ", ".join(sorted(self._installed.services))
-        return f"the connection was lost while {names} was installed: {self._why_gone()}"
+        self.break_down(why := self._why_gone())
+        installed = sorted(self._installed.services)
+        if any(self._crashes()):
+            images = self._seen.of(ImageUnloaded)
+            gone = sorted({image.driver for image in images if FOLDER in image.path})
+            told = f"{why}, when nobody called it"
+            told += f"; installed: {', '.join(installed)}" if installed else ""
+            return told + (f"; unloaded before: {', '.join(gone)}" if gone else "")
+        if self._guest.feed is None and installed:
+            return f"the connection was lost while {', '.join(installed)} was installed: {why}"
+        return None
+
+    @property
+    def _seen(self) -> Window:
+        """What was seen in this generation."""
+        return self.log.window(None, self._begin)
+
+    def _crashes(self) -> Iterator[BugCheck]:
+        """The bug checks that ended the guest of this generation: one, but for what tells of it twice."""
+        return (event for event in self._seen.of(BugCheck) if event.driver is None)
 
     def revert(self) -> None:
         """See ``Target``."""
+        untold = self._note_loss()
         if self._touched or self._broken is not None:
             self._renew()
-        self.repair()
+        self.start()
+        if untold is not None:
+            raise TargetError(untold, target=self.name)
 
     def _renew(self) -> None:
         if self._guest is None or not self._put_back(self._guest):
@@ -436,8 +459,7 @@ class MachineTarget:
 
     def _ask_dump(self) -> None:
         """Have the log tell of a crash that nobody but the guest's dump tells of."""
-        told = self.log.window(None, self._begin).of(BugCheck)
-        if any(event.driver is None for event in told):
+        if any(self._crashes()):
             return
         with suppress(KdriverError, OSError, TimeoutError):
             content = self._fetch_minidump()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -72,6 +73,10 @@ class Target(Protocol):
         """Bring the guest up, if it is not. Raises ``TargetError``."""
         ...
 
+    def see_through(self) -> None:
+        """Raise ``TargetError`` for a guest that went down by itself, which nobody was told of."""
+        ...
+
     def close(self) -> None:
         """End the guest and remove all that was made for it. Never raises for what is gone already."""
         ...
@@ -108,12 +113,19 @@ class Target(Protocol):
         """Note that the guest can't be trusted any more; ``repair`` will put it back."""
         ...
 
+    def agent_errors(self, phase: str) -> AbstractContextManager[None]:
+        """Make of a lost agent, or a guest whose services are gone, a target that has to be put back."""
+        ...
+
     def repair(self) -> None:
-        """Put the guest back if it broke down, or lost its agent. Raises ``TargetError``."""
+        """Put the guest back if it broke down, or lost its agent. Raises ``TargetError``.
+
+        So it does when that is done, too, for what ``see_through`` would tell.
+        """
         ...
 
     def revert(self) -> None:
-        """Put the guest back into the state that it had at first, unless it is in it."""
+        """Put the guest back into the state that it had at first, unless it is in it. As ``repair``."""
         ...
 
     def preflight(self, image: Path) -> Report:

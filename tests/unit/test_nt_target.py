@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pytest_kdriver.driver import Driver
-from pytest_kdriver.errors import DriverCrashed
+from pytest_kdriver.errors import DriverCrashed, DriverTimeout
 from pytest_kdriver.kernel.dump import read_dump
 from pytest_kdriver.targets.machine_target import MachineTarget
 from tests.conftest import Run, Verdicts, new_project
@@ -489,6 +491,94 @@ def test_a_bug_check_that_no_call_brought_fails_the_test_that_runs(
     assert "bug check 0xD1" in failure(result, "test_nobody_calls[nt]")
 
 
+def test_a_crash_behind_an_unload_is_the_driver_s_while_it_is_judged_and_else_told_before_the_next_test(
+    project: pytest.Pytester, run: Run, verdicts: Verdicts
+) -> None:
+    project.makepyfile(
+        """
+        import threading
+        import pytest
+
+        LATE = 0xCE, (0xFFFFF80212345678, 16, 0xFFFFF80212345678, 0)
+
+        @pytest.mark.kdriver("leaks.sys", tags="leak")
+        def test_while_its_pool_settles(kdriver, nt):
+            kdriver.start()
+            threading.Timer(0.1, nt.guest.bug_check_now, LATE).start()
+            kdriver.stop()
+
+        @pytest.fixture
+        def late(nt):
+            yield
+            nt.guest.bug_check_now(*LATE)
+            while not nt.agent.closed:
+                pass
+
+        @pytest.mark.kdriver("hello.sys")
+        def test_of_which_it_comes(late, kdriver):
+            with kdriver.running(): pass
+
+        @pytest.mark.kdriver("refuses.sys")
+        @pytest.mark.parametrize("number", range(2))
+        def test_next(kdriver, number):
+            kdriver.start(check=False)
+
+        @pytest.mark.kdriver("hello.sys")
+        def test_last(late, kdriver):
+            with kdriver.running(): pass
+        """
+    )
+    result = run()
+    assert verdicts(result) == {
+        "test_while_its_pool_settles[nt]": "FAILED",
+        "test_of_which_it_comes[nt]": "PASSED",
+        "test_next[nt-0]": "ERROR",
+        "test_next[nt-1]": "PASSED",
+        "test_last[nt]": "PASSED, ERROR",
+    }
+    told = failure(result, "test_while_its_pool_settles[nt]")
+    assert "DriverCrashed: leaks on nt: bug check 0xCE" in told
+    assert "TargetError" not in told
+    told = "the guest stopped: bug check 0xCE [^;]*, when nobody called it; unloaded before: hello"
+    for test in ("test_next[nt-0]", "test_last[nt]"):
+        assert re.search(f"TargetError: target 'nt': {told}", failure(result, test))
+    assert went_through(result) == ["nt: 1 boots, 2 reverts, mistakes: []"]
+
+
+def test_a_guest_that_crashes_of_the_nmi_that_it_got_while_it_hung_is_a_timeout_and_no_more(
+    project: pytest.Pytester, run: Run, verdicts: Verdicts
+) -> None:
+    project.makepyfile(
+        """
+        import pytest
+        from pytest_kdriver import DriverTimeout
+
+        @pytest.fixture(autouse=True)
+        def interrupt(nt, monkeypatch):
+            def examine_hang(guest):
+                nt.guest.bug_check_now(0x80, (0x4F4454, 0, 0, 0))
+                while not nt.agent.closed:
+                    pass
+            monkeypatch.setattr(nt, "examine_hang", examine_hang)
+
+        @pytest.mark.kdriver("stubborn.sys", parameters={"How": "slow-init"}, timeout=1)
+        def test_expected(kdriver):
+            with pytest.raises(DriverTimeout):
+                kdriver.start()
+
+        @pytest.mark.kdriver("stubborn.sys", parameters={"How": "slow-init"}, timeout=1)
+        def test_hangs(kdriver):
+            kdriver.start()
+        """
+    )
+    result = run()
+    assert verdicts(result) == {"test_expected[nt]": "PASSED", "test_hangs[nt]": "FAILED"}
+    told = failure(result, "test_hangs[nt]")
+    assert "DriverTimeout: stubborn on nt: DriverEntry did not return within 1 s" in told
+    assert "DriverCrashed" not in told
+    assert "bug check 0x80 NMI_HARDWARE_FAILURE" in told
+
+
 def test_a_driver_that_prints_without_end_is_a_timeout_and_the_guest_is_put_back_amid_a_print(
     project: pytest.Pytester, run: Run, verdicts: Verdicts
 ) -> None:
@@ -562,3 +652,53 @@ def test_with_dumps_a_kernel_that_crashed_writes_its_minidump_and_the_next_test_
     assert (dump.code, dump.parameters) == (0xE2E2, (1, 2, 3, 4))
     assert "panics.sys" in {module.name for module in dump.modules}
     assert went_through(result) == ["nt: 1 boots, 1 reverts, mistakes: []"]
+
+
+KINDS: dict[str, tuple[str, dict[str, str]]] = {
+    **{
+        f"{how} in {where}": ("panics", {"How": how, "Where": where})
+        for how in ("panic", "page-fault", "unhandled", "bug-check", "int3", "int2c")
+        for where in ("init", "cleanup")
+    },
+    "hang in init": ("stubborn", {"How": "slow-init"}),
+    "hang in cleanup": ("stubborn", {"How": "slow-cleanup"}),
+    "flood": ("stubborn", {"How": "flood"}),
+}
+
+
+@pytest.mark.soak
+def test_after_each_of_many_crashes_the_next_start_works_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
+    write_images(tmp_path)
+    machine = NtMachine("nt")
+    target = MachineTarget("nt", machine)
+    target.start()
+
+    def says_hello() -> None:
+        hello = Driver(target, tmp_path / "hello.sys", name="hello")
+        with hello.running():
+            pass
+        assert hello.dbgprint.lines == ["Hello, world!", "Bye bye!"]
+        hello.finish()
+
+    says_hello()
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    threads = threading.active_count()
+    order = random.Random(4)
+    for _ in range(100):
+        name, parameters = KINDS[order.choice(list(KINDS))]
+        image = tmp_path / f"{name}.sys"
+        driver = Driver(target, image, name=name, parameters=parameters, timeout=1.0)
+        with pytest.raises((DriverCrashed, DriverTimeout)), driver.running():
+            pass
+        driver.finish()
+        target.repair()
+        says_hello()
+    assert (machine.boots, machine.reverts) == (1, 100)
+    spilled = 1  # the log's own file, once it needs one
+    assert len(list(Path("/proc/self/fd").iterdir())) <= descriptors + spilled
+    assert threading.active_count() <= threads
+    target.close()
+    assert machine.mistakes == []
