@@ -546,10 +546,12 @@ class TestAttaching:
     def test_a_kernel_that_gave_its_debugger_up_is_found_again(self) -> None:
         both = Exchange(self.lived())
         both.target.print("lost\n")
+        said = b""
         while both.target.present:
             both.target.receive_data(b"", both.now)
-            both.target.data_to_send()
+            said += both.target.data_to_send()
             both.now += 0.5
+        assert said.count(b"lost") == 20  # as ReactOS was seen to do
         both.target.print("dropped\n")
         both.target.receive_data(b"", both.now)
         assert both.target.idle
