@@ -587,3 +587,23 @@ class TestAKernelThatPanics:
         self.tell(vm, self.EVENT)
         assert self.crashes(vm) == [(16, (32, 48, 64, 80))]
         assert vm.domain.stopped is None
+
+    def test_of_a_guest_that_was_put_back_is_its_own(
+        self, vm: _Vm, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("_do_job", "_check_status"):
+            monkeypatch.setattr(vm.domain, name, lambda *_, **__: None)
+        vm.domain._nodes = "disk", ["disk"]
+        vm.domain._panics_go_on = True
+        self.tell(vm, self.EVENT)
+        vm.domain.snapshot_load("first")
+        LibvirtMachine._forget_crash(vm)
+        self.tell(vm, self.EVENT.replace("16", "80"))
+        assert [code for code, _ in self.crashes(vm)] == [16, 80]
+        vm.domain.snapshot_load("first")
+        LibvirtMachine._forget_crash(vm)
+        vm.domain._on_event(None, None, "RESET", 0, 0, '{"guest": true}', None)
+        vm.domain._on_event(None, None, "RESET", 0, 0, '{"guest": true}', None)
+        vm.domain._on_event(None, None, "RESET", 0, 0, '{"guest": true}', None)
+        assert vm.bug_check == "the guest reset itself"
+        assert len(self.crashes(vm)) == 2

@@ -268,6 +268,7 @@ class Domain:
             node, devices = self._writable_nodes()
             self._do_job("snapshot-load", timeout, tag=_tag(tag), vmstate=node, devices=devices)
         self._restarts = False
+        self.panic = None
         self._check_status()
 
     def screenshot(self, path: Path, *, timeout: float = _MONITOR_TIMEOUT) -> None:
