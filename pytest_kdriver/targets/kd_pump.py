@@ -461,7 +461,7 @@ class KdPump(SerialPump):
         self._ask(self._session.go_on)
 
     def _why(self) -> str:
-        if self._session.state is KdState.SILENT:
+        if not self._session.was_heard:
             return (
                 "is debugging on in the guest (bcdedit /debug on, /dbgsettings serial debugport:1), "
                 "and has nobody else this port?"

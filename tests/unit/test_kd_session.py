@@ -675,9 +675,11 @@ class TestAttaching:
             KernelMessage(118.0, None, "the kernel has not answered its debugger for 20 s")
         ]
         assert {*sent} == {b"b", control_packet(RESET)}
+        assert not session.was_heard
         kernel.id = INITIAL | SYNC
         kernel.say(DEBUG_IO, printed(b"boot\n"))
         assert (session.state, session.attached) == (KdState.RUNNING, True)
+        assert session.was_heard
 
 
 class TestBreakingIn:

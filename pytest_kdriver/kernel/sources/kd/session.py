@@ -126,6 +126,8 @@ class KdSession:
         self, *, answer: Callable[[str], str] = answer_prompt, hold_bug_checks: bool = True
     ) -> None:
         self.state = KdState.SILENT
+        self.was_heard = False
+        """Whether anything was, since ``attach``: a kernel that was not has no debugging, perhaps."""
         self.statistics = Statistics()
         self._answer = answer
         self._now = 0.0
@@ -192,6 +194,7 @@ class KdSession:
         self._line.start_over()
         self._stops.break_in_is_wanted = False
         self.state = KdState.SILENT
+        self.was_heard = False
         self._agree_on_ids(reset_first=False)
 
     def break_in(self, now: float) -> None:
@@ -258,6 +261,7 @@ class KdSession:
 
     def _come_back(self) -> None:
         self._attempts = 0
+        self.was_heard = True
         self.state = KdState.RUNNING
         if self._wait is not None and self._wait.change is not None:
             self.state = KdState.HELD if self._wait.is_held else KdState.STOPPED
