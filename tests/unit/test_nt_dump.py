@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from pytest_kdriver.errors import DriverCrashed
+from pytest_kdriver.guest.messages import Completed
 from pytest_kdriver.handle import TargetHandle
 from pytest_kdriver.image.finder import ImageFinder
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.targets.machine import Guest
 from pytest_kdriver.targets.machine_target import MachineTarget
 from pytest_kdriver.targets.runs import Run
+from pytest_kdriver.targets.windows import dumps
 from tests.nt.drivers import write_images
+from tests.nt.guest import NtGuest
 from tests.nt.machine import NtMachine
 
 
@@ -52,5 +55,41 @@ def test_is_the_crash_of_the_call_that_brought_it(
         with after.running():
             pass
         after.finish()
+    finally:
+        target.close()
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_dump_that_is_not_there_when_the_agent_answers_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dumps, "POLL", 0.01)
+    monkeypatch.setattr(dumps, "WRITTEN_WITHIN", 20.0 if comes else 0.1)
+    looks = 0
+    list_dumps = NtGuest._list_dumps
+
+    def list_later(guest: NtGuest) -> Completed:
+        nonlocal looks
+        looks += 1
+        if comes and looks > 3:
+            return list_dumps(guest)
+        nothing = b"File Not Found\r\n"
+        return Completed(exit_code=1, stdout=b"", stderr=nothing, timed_out=False, truncated=False)
+
+    monkeypatch.setattr(NtGuest, "_list_dumps", list_later)
+    write_images(tmp_path)
+    target = MachineTarget("nt", NtMachine("nt"))
+    try:
+        target.start()
+        driver = TargetHandle(target, ImageFinder(tmp_path, None)).make_driver(
+            str(tmp_path / "panics.sys")
+        )
+        with pytest.raises(DriverCrashed):
+            driver.start()
+        missing = target.collect(tmp_path / "test", dump=True)
+        assert (tmp_path / "test.dmp").exists() == comes
+        assert [text.partition(":")[0] for text in missing] == ([] if comes else [".dmp"])
+        assert looks > 3
     finally:
         target.close()
