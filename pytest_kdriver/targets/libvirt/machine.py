@@ -415,19 +415,21 @@ class LibvirtMachine:
             guest.agent.close()
         vm.domain.snapshot_load(SNAPSHOT)
         self._forget_crash(vm)
+        is_new = vm.method == "libvirt"  # whose revert starts QEMU anew
+        if is_new and self._dumps:
+            vm.domain.let_panic()
+        if vm.pump is not None and (is_new or not vm.pump.alive):
+            vm.pump.close()
+            self._open_feed(vm, log)
         agent = guest.agent
-        if agent.closed or vm.method == "libvirt":  # whose revert starts QEMU anew
+        if agent.closed or is_new:
             agent.close()
             agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
         else:
             agent.resume(timeout=RESUME_TIMEOUT)
         vm.agent = agent
         set_clock(agent)
-        if vm.pump is not None:
-            if vm.method == "libvirt" or not vm.pump.alive:
-                vm.pump.close()
-                self._open_feed(vm, log)
-            self._begin_feed(vm, RESUME_TIMEOUT)
+        self._begin_feed(vm, RESUME_TIMEOUT)
         return Guest(agent, vm.pump)
 
     def failure(self) -> str | None:
