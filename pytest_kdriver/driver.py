@@ -43,7 +43,7 @@ from pytest_kdriver.kernel.events import DriverInitCalled, DriverUnload, ImageLo
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.pool import Pool, PoolUses
 from pytest_kdriver.kernel.pool_growth import PoolGrowth, growth
-from pytest_kdriver.kernel.text import kernel_lines
+from pytest_kdriver.kernel.text import LAST_LINES, kernel_lines
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.target import (
     CallTimeout,
@@ -58,9 +58,6 @@ from pytest_kdriver.win32error import Win32Error
 E = TypeVar("E", bound=DriverError)
 
 Permission: TypeAlias = Literal["forbid", "allow"]
-
-LAST_LINES: Final = 12
-"""How many lines of the kernel log an error shows."""
 
 _SERVICE_NAME: Final = re.compile(r"[\w.\- ]{1,80}", re.ASCII)
 
@@ -218,6 +215,11 @@ class Driver:
         """What was allocated in this test. Raises ``CapabilityError`` where the target can't see it."""
         self._need("pool")
         return self._pool
+
+    @property
+    def sees_blocks(self) -> bool:
+        """Whether the target sees each block of pool, and not only what is left of them."""
+        return "pool-blocks" in self._target.capabilities
 
     @property
     def loaded(self) -> bool:
@@ -694,6 +696,7 @@ class Driver:
             log.window(self.service, self._crash_seen_to),
             self.service,
             breakpoints=self._breakpoints == "forbid",
+            told_to=self._target.crashes_told_to,
         )
         if crash is None:
             self._crash_seen_to = max(self._crash_seen_to, end)  # not looked through again
@@ -703,6 +706,7 @@ class Driver:
         """The crash as an exception; from now on the test knows."""
         crash = self._find_crash()
         self._crash_seen_to = len(self._target.log) + _NEVER
+        self._target.crashes_told_to = len(self._target.log)
         self._lose(f"{self.service} crashed")
         if crash is None:
             return self._tell(DriverCrashed("it crashed", **self._told()))

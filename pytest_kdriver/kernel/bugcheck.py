@@ -70,19 +70,26 @@ def is_crash(event: object, driver: str) -> bool:
 
 
 def find_crash(
-    window: Window, driver: str, start: int | None = None, *, breakpoints: bool = True
+    window: Window,
+    driver: str,
+    start: int | None = None,
+    *,
+    breakpoints: bool = True,
+    told_to: int = 0,
 ) -> Crash | None:
     """The first crash of ``driver`` from log position ``start`` on.
 
     The death of a process alone says little: what was said right after it, or of it by a sender that
     nobody knows, is looked for as well. An exception that ended the guest is told by its bug check.
-    ``breakpoints`` may be passed over.
+    ``breakpoints`` may be passed over. What ended the guest before position ``told_to`` is known.
     """
     death: Crash | None = None
     for position, event in window.numbered(start, _CRASH_EVENTS):
         if not isinstance(event, _CRASH_EVENTS):
             continue
         if isinstance(event, Breakpoint) and not breakpoints:
+            continue
+        if event.driver is None and isinstance(event, _OF_THE_GUEST) and position < told_to:
             continue
         anonymous = event.driver is None and not isinstance(event, _OF_THE_GUEST)
         if not is_crash(event, driver) and not anonymous:
@@ -156,18 +163,22 @@ def _details(
         lines.append("stack:")
     for address, caller in called:
         at = where(address) or f"0x{address:X}"
-        lines.append(f"    {at}" + (f"  {caller}" if caller is not None else ""))
+        lines.append(f"    {at}" + (f"  {caller}" if caller and str(caller) != at else ""))
     return tuple(lines)
 
 
 def _panic(crash: Crash, window: Window, driver: str) -> str | None:
-    """What the driver's last words before a bug check say of where it panicked."""
+    """What the driver's last words before a bug check say of where it panicked.
+
+    Where the source can't tell whose words they are, the kernel's own come behind them.
+    """
     last = None
     for position, event in window.numbered(None, (DebugPrint,)):
-        if position < crash.position and isinstance(event, DebugPrint) and event.driver == driver:
-            last = event
-    match = _PANIC.match(last.text) if last is not None else None
-    return match[0] if match else None
+        if position < crash.position and isinstance(event, DebugPrint):
+            panic = _PANIC.match(event.text)
+            if event.driver == driver or (event.driver is None and panic is not None):
+                last = panic
+    return last[0] if last else None
 
 
 def _crash(position: int, event: CrashEvent) -> Crash:

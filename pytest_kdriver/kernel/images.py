@@ -59,6 +59,8 @@ class Modules:
             if isinstance(event, ImageUnloaded):
                 loaded.pop(event.base, None)
             elif isinstance(event, ImageLoaded) and event.path:
+                for base in [base for base, other in loaded.items() if _overlap(other, event)]:
+                    del loaded[base]  # the guest was put back to where it was not loaded yet
                 loaded[event.base] = event
         self._bases = sorted(loaded)
         self._loaded = loaded
@@ -69,6 +71,10 @@ class Modules:
         if at < 0 or not has(image := self._loaded[self._bases[at]], address):
             return None
         return f"{image.driver}+0x{address - image.base:X}"
+
+
+def _overlap(one: ImageLoaded, other: ImageLoaded) -> bool:
+    return one.base < other.base + other.size and other.base < one.base + one.size
 
 
 def has(image: ImageLoaded, address: int) -> bool:

@@ -31,6 +31,9 @@ from pytest_kdriver.kernel.log import Window
 LOOKED_AT = 20_000
 """So many of a window's last events are looked at, so that an error behind a flood does not take seconds."""
 
+LAST_LINES = 12
+"""How many lines of the kernel log an error shows."""
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

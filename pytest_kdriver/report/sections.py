@@ -45,6 +45,8 @@ def _printed(driver: Driver) -> str:
 
 def _pool(driver: Driver) -> str:
     try:
+        if (driver.loaded or driver.lost) and not driver.sees_blocks:
+            return f"{driver.service} is not unloaded: what it leaves can't be counted yet"
         if driver.loaded:
             return f"in use, while {driver.service} is loaded:\n{driver.pool.in_use}"
         if driver.lost:

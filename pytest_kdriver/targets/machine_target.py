@@ -22,6 +22,7 @@ from pytest_kdriver.image.signing import NotSigned, SignatureError, signed_copy
 from pytest_kdriver.kernel.dump import parse_dump
 from pytest_kdriver.kernel.events import BugCheck, Fence, ImageUnloaded, KernelMessage, Moment
 from pytest_kdriver.kernel.log import KernelLog, Window
+from pytest_kdriver.kernel.text import LAST_LINES, kernel_lines
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.leftovers import REMOVERS, SPILL, remove_file
 from pytest_kdriver.targets.loader import SERVICES_GONE, Loader
@@ -65,6 +66,7 @@ class MachineTarget:
         self.machine = machine
         self.capabilities = machine.capabilities
         self.generation = 0
+        self.crashes_told_to = 0
         self._artifacts = artifacts
         self._run: Run | None = None
         self._spill = Path()
@@ -326,7 +328,9 @@ class MachineTarget:
             gone = sorted({image.driver for image in images if FOLDER in image.path})
             told = f"{why}, when nobody called it"
             told += f"; installed: {', '.join(installed)}" if installed else ""
-            return told + (f"; unloaded before: {', '.join(gone)}" if gone else "")
+            told += f"; unloaded before: {', '.join(gone)}" if gone else ""
+            lines = "".join(f"\n    {line}" for line in kernel_lines(self._seen, LAST_LINES))
+            return f"{told}\nlast lines of the kernel log:{lines}"
         if self._guest.feed is None and installed:
             return f"the connection was lost while {', '.join(installed)} was installed: {why}"
         return None
@@ -427,8 +431,11 @@ class MachineTarget:
 
     def examine_hang(self) -> None:
         """See ``Surroundings``."""
-        with suppress(TargetError, AgentError, LinkError, TimeoutError):
+        try:
             self.machine.examine_hang(self.guest)
+        except (TargetError, AgentError, LinkError, TimeoutError) as error:
+            told = f"where the processors are can't be told: {error}"
+            self.log.append([KernelMessage(time.monotonic(), None, told)])
 
     # what is left of a failed test
 

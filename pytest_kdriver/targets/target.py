@@ -58,6 +58,8 @@ class Target(Protocol):
     name: str
     capabilities: frozenset[str]
     generation: int
+    crashes_told_to: int
+    """The log position up to which a test knows of what ended the guest, by whichever of its drivers."""
 
     @property
     def log(self) -> KernelLog:

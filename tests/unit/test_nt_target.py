@@ -150,6 +150,13 @@ def test_page_fault_in_a_device_call(kdriver):
 def test_verifier(kdriver):
     kdriver.start()
 
+@pytest.mark.kdriver("hello.sys", leaks="allow")
+def test_another_one_crashes_and_the_test_knows(kdriver, kdriver_target):
+    with kdriver.running():
+        with kdriver_target.driver("panics.sys") as panics:
+            with pytest.raises(DriverCrashed):
+                panics.start()
+
 @pytest.mark.kdriver("panics.sys")
 @pytest.mark.xfail(raises=DriverCrashed, strict=True)
 def test_xfail(kdriver):
@@ -177,11 +184,13 @@ def test_a_bug_check_is_a_crash_of_the_call_that_brought_it_in_the_words_that_wi
         "test_unhandled_exception[nt]": "FAILED",
         "test_page_fault_in_a_device_call[nt]": "FAILED",
         "test_verifier[nt]": "FAILED",
+        "test_another_one_crashes_and_the_test_knows[nt]": "PASSED",
         "test_xfail[nt]": "XFAIL",
         "test_last_one_runs[nt]": "PASSED",
     }
     told = failure(result, "test_panic[nt]")
-    assert "DriverCrashed: panics on nt: bug check 0x52555354" in told
+    panicked = "bug check 0x52555354 (0x0, 0x0, 0x0, 0x0), panicked at panics/src/lib.rs:76:17\n"
+    assert f"DriverCrashed: panics on nt: {panicked}" in told
     assert re.search(r"\d\.\d{3}  \S+: panicked at panics/src/lib.rs:\d+", told)
     assert ">       kdriver.start()" in told
     assert "pytest_kdriver/driver.py" not in told
@@ -200,7 +209,7 @@ def test_a_bug_check_is_a_crash_of_the_call_that_brought_it_in_the_words_that_wi
     assert "the kernel blames panics.sys" in verifier
     assert "bug check 0xC4" in verifier
     assert "3 allocations not freed" in verifier
-    assert went_through(result) == ["nt: 1 boots, 10 reverts, mistakes: []"]
+    assert went_through(result) == ["nt: 1 boots, 11 reverts, mistakes: []"]
 
 
 def test_a_breakpoint_or_an_assertion_fails_the_test_unless_it_is_expected(
@@ -318,6 +327,7 @@ def test_a_guest_that_stands_still_altogether_is_a_timeout_and_is_put_back(
     told = failure(result, "test_frozen[nt]")
     assert "DriverUnload did not return within 1 s" in told
     assert "processor 0" not in told
+    assert "the processors are can't be told: the kernel did not stop for its debugger" in told
 
 
 def test_of_a_suite_of_20_tests_the_5_that_crash_are_reported_and_each_is_followed_by_a_revert(
@@ -539,9 +549,11 @@ def test_a_crash_behind_an_unload_is_the_driver_s_while_it_is_judged_and_else_to
     told = failure(result, "test_while_its_pool_settles[nt]")
     assert "DriverCrashed: leaks on nt: bug check 0xCE" in told
     assert "TargetError" not in told
-    told = "the guest stopped: bug check 0xCE [^;]*, when nobody called it; unloaded before: hello"
+    words = "the guest stopped: bug check 0xCE [^;]*, when nobody called it; unloaded before: hello"
     for test in ("test_next[nt-0]", "test_last[nt]"):
-        assert re.search(f"TargetError: target 'nt': {told}", failure(result, test))
+        told = failure(result, test)
+        assert re.search(f"TargetError: target 'nt': {words}\n", told)
+        assert "hello: is gone from 0x" in told
     assert went_through(result) == ["nt: 1 boots, 2 reverts, mistakes: []"]
 
 
@@ -625,7 +637,9 @@ def test_an_address_is_in_the_image_that_lies_there_in_the_guest_that_was_put_ba
     )
     result = run()
     assert verdicts(result)["test_a_large_one[nt]"] == "FAILED"
-    assert "at large+0x21010" in failure(result, "test_a_large_one[nt]")
+    told = failure(result, "test_a_large_one[nt]")
+    assert "at large+0x21010" in told
+    assert "second+" not in told
 
 
 def test_with_dumps_a_kernel_that_crashed_writes_its_minidump_and_the_next_test_passes(
