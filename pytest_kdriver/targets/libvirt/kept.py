@@ -90,7 +90,8 @@ class KeptVm:
         except TargetError as error:
             return str(error)
         if state == "running":
-            return f"{self.domain} is running"
+            waits = f"; its kernel may wait for its debugger: {self.listen}" if self.listen else ""
+            return f"{self.domain} is running{waits}"
         return f"{self.domain} is {state}: kdriver vm stop {self.domain} removes it"
 
     def remove(self) -> None:
