@@ -729,6 +729,7 @@ class Driver:
     def _late(self, phase: str, routine: str, limit: float, late: CallTimeout) -> DriverTimeout:
         """What to raise where a call had to be cut. Of what a kernel that hangs does then, nobody is told."""
         self._crash_seen_to = len(self._target.log) + _NEVER
+        self._target.crashes_told_to = len(self._target.log)
         self._lose(f"{self.service} did not return from {routine}")
         return self._tell(
             DriverTimeout(
