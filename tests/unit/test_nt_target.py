@@ -549,10 +549,10 @@ def test_a_crash_behind_an_unload_is_the_driver_s_while_it_is_judged_and_else_to
     told = failure(result, "test_while_its_pool_settles[nt]")
     assert "DriverCrashed: leaks on nt: bug check 0xCE" in told
     assert "TargetError" not in told
-    words = "the guest stopped: bug check 0xCE [^;]*, when nobody called it; unloaded before: hello(, refuses)?"
+    words = "the guest stopped: bug check 0xCE [^;]*, when nobody called it; unloaded before: hello"
     for test in ("test_next[nt-0]", "test_last[nt]"):
         told = failure(result, test)
-        assert re.search(f"TargetError: target 'nt': {words}\n", told)
+        assert re.search(rf"TargetError: target 'nt': {words}\b", told)
         assert "hello: is gone from 0x" in told
     assert went_through(result) == ["nt: 1 boots, 2 reverts, mistakes: []"]
 
