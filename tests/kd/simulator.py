@@ -165,7 +165,7 @@ class KdTarget:
         self.auto_reboot = auto_reboot
         self.errors: list[str] = []
         self.answers: list[str] = []
-        self._clean_wire = clean_wire
+        self.clean_wire = clean_wire
         self._timeout = byte_timeout
         self._now = 0.0
         self.boots = -1
@@ -341,7 +341,7 @@ class KdTarget:
     def receive_data(self, data: bytes, now: float) -> None:
         """Take bytes of the host's, and do what is due at ``now``."""
         self._now = now
-        if self._clean_wire:
+        if self.clean_wire:
             self.errors += self._host.receive_data(data)
             self._owed -= self._host.acknowledged
             self._host.acknowledged = 0
@@ -392,7 +392,7 @@ class KdTarget:
         byte = self._in.pop(0)
         self._break_pending = self._break_pending or byte == BREAK_IN
         self._polled = (self._polled + bytes([byte]))[-4:]
-        if self._clean_wire and self._polled == LEADER_BYTES[:1] * 4:
+        if self.clean_wire and self._polled == LEADER_BYTES[:1] * 4:
             self.errors.append("sent a request to a kernel that runs")
 
     # What is done for each operation.
@@ -637,7 +637,7 @@ class KdTarget:
         elif control:
             self._take_control(kind, int.from_bytes(packet[4:8], "little"))
         elif self._sending is not None:
-            if self._clean_wire:
+            if self.clean_wire:
                 self.errors.append("sent a request instead of the acknowledgement")
             self._control(RESEND)
             self._sent()
@@ -684,7 +684,7 @@ class KdTarget:
             if identifier == self.expected_id and kind == wanted:
                 self.expected_id ^= 1
                 self._answered(kind, payload)
-            elif identifier == self.expected_id and self._clean_wire:
+            elif identifier == self.expected_id and self.clean_wire:
                 self.errors.append(f"sent a packet of type {kind} where {wanted} was waited for")
 
     def _sent(self) -> None:
