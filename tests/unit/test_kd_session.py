@@ -754,6 +754,34 @@ class TestFaults:
         assert kernel.stop(payload) == []
         assert kernel.status == CONTINUE
 
+    def test_a_kernel_that_dropped_what_it_acknowledged_is_found_out(self, kernel: Kernel) -> None:
+        payload = loaded("new.sys", DRIVER + 0x10000, 0x1000)
+        _, (go_on,) = kernel.say(STATE_CHANGE, payload)
+        assert kernel.give(control_packet(RESEND)) == ([], [go_on])
+        assert kernel.acknowledge(go_on) == ([], [])
+        assert kernel.session.state is KdState.RUNNING
+        kernel.now = kernel.session.next_deadline() or 0.0
+        assert kernel.give(b"") == ([], [ControlPacket(RESEND, 0)])
+        events, sent = kernel.say(STATE_CHANGE, payload)
+        assert (events, kinds(sent)) == ([], [RESET])
+        kernel.id = INITIAL
+        kernel.give(control_packet(RESET))
+        assert kernel.stop(payload) == []
+        assert kernel.status == CONTINUE
+
+    def test_a_kernel_that_runs_is_not_asked_for_long_whether_it_waits(
+        self, kernel: Kernel
+    ) -> None:
+        _, (go_on,) = kernel.say(STATE_CHANGE, loaded("new.sys", DRIVER + 0x10000, 0x1000))
+        kernel.give(control_packet(RESEND))
+        kernel.acknowledge(go_on)
+        asked = 0
+        while (deadline := kernel.session.next_deadline()) is not None:
+            kernel.now = deadline
+            asked += len(kernel.give(b"")[1])
+        assert asked == 3
+        assert kernel.session.attached
+
     def test_what_the_kernel_does_next_stands_for_the_acknowledgement(self, kernel: Kernel) -> None:
         kernel.say(STATE_CHANGE, loaded("new.sys", DRIVER + 0x10000, 0x1000))
         events, sent = kernel.say(DEBUG_IO, printed(b"on\n"))

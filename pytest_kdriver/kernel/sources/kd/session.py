@@ -37,8 +37,9 @@ from pytest_kdriver.kernel.sources.kd.stops import Stop, Stops
 ACKNOWLEDGE_WITHIN: Final = 1.0
 """Seconds without an acknowledgement, after which the kernel is asked to repeat what it said."""
 MOST_ASKED: Final = 2
+"""Times that it is asked; behind that the ids are agreed on anew."""
 MOST_SENDS: Final = 4
-"""So often at most, for one packet of ours, which is sent so often; then the ids are agreed on anew."""
+"""Times that one packet of ours is sent, where the kernel asks for it; behind that the same."""
 REPLY_AFTER: Final = 3.0
 """Seconds in which a request that was acknowledged is answered."""
 MOST_UNANSWERED: Final = 2
@@ -425,7 +426,7 @@ class KdSession:
     def _take_reply(self, reply: Reply) -> None:
         wait = self._wait
         if wait is not None and wait.is_interrupted and self._line.ids_agree:
-            self._begin(wait, is_again=True)  # this it repeated, and takes requests now
+            self._begin(wait, is_again=True)  # it repeated this, and takes requests now
             return
         if wait is None or wait.program is None or wait.request is None:
             return
