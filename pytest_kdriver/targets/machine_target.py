@@ -53,6 +53,7 @@ START_ATTEMPTS: Final = 3
 """On a busy machine services.exe was seen, once in hundreds of starts, to be gone before it served."""
 
 FENCE_TIMEOUT: Final = 30.0
+_AGENT_GONE: Final = "its agent is gone"
 
 
 class MachineTarget:
@@ -316,33 +317,30 @@ class MachineTarget:
     def _note_loss(self) -> str | None:
         """Note that the guest is lost, where it is; what to tell of that, if nobody was told. None: nothing.
 
-        A kernel may crash between two tests. Without a kernel log the machine may have gone down with a
-        driver, and the loss of its agent between two calls of a test is all that is seen of it.
+        A kernel may crash between two tests, a machine stop. Without a kernel log a lost agent between two
+        calls of a test is all that is seen of a guest that went down with a driver.
         """
         if self._guest is None or not self._guest.agent.closed or self._broken is not None:
             return None
-        self.break_down(why := self._why_gone())
-        installed = sorted(self._installed.services)
-        if any(self._crashes()):
-            images = self._seen.of(ImageUnloaded)
-            gone = sorted({image.driver for image in images if FOLDER in image.path})
-            told = f"{why}, when nobody called it"
-            told += f"; installed: {', '.join(installed)}" if installed else ""
-            told += f"; unloaded before: {', '.join(gone)}" if gone else ""
-            lines = "".join(f"\n    {line}" for line in kernel_lines(self._seen, LAST_LINES))
-            return f"{told}\nlast lines of the kernel log:{lines}"
-        if self._guest.feed is None and installed:
-            return f"the connection was lost while {', '.join(installed)} was installed: {why}"
-        return None
+        failure = self.machine.failure()
+        self.break_down(failure or _AGENT_GONE)
+        installed = ", ".join(sorted(self._installed.services))
+        if failure is None:
+            if self._guest.feed is None and installed:
+                return f"the connection was lost while {installed} was installed: {_AGENT_GONE}"
+            return None
+        images = self._seen.of(ImageUnloaded)
+        unloaded = ", ".join(sorted({image.driver for image in images if FOLDER in image.path}))
+        told = f"{failure}, when nobody called it"
+        told += f"; installed: {installed}" if installed else ""
+        told += f"; unloaded before: {unloaded}" if unloaded else ""
+        lines = [f"\n    {line}" for line in kernel_lines(self._seen, LAST_LINES)]
+        return told + "".join(["\nlast lines of the kernel log:", *lines] if lines else [])
 
     @property
     def _seen(self) -> Window:
         """What was seen in this generation."""
         return self.log.window(None, self._begin)
-
-    def _crashes(self) -> Iterator[BugCheck]:
-        """The bug checks that ended the guest of this generation: one, but for what tells of it twice."""
-        return (event for event in self._seen.of(BugCheck) if event.driver is None)
 
     def revert(self) -> None:
         """See ``Target``."""
@@ -466,7 +464,7 @@ class MachineTarget:
 
     def _ask_dump(self) -> None:
         """Have the log tell of a crash that nobody but the guest's dump tells of."""
-        if any(self._crashes()):
+        if any(event.driver is None for event in self._seen.of(BugCheck)):
             return
         with suppress(KdriverError, OSError, TimeoutError):
             content = self._fetch_minidump()
@@ -619,7 +617,7 @@ class MachineTarget:
             raise self.services_gone(f"{phase}: {error}") from error
 
     def _why_gone(self) -> str:
-        return self.machine.failure() or "its agent is gone"
+        return self.machine.failure() or _AGENT_GONE
 
     def services_gone(self, told: str) -> TargetError:
         """See ``Surroundings``."""
