@@ -32,23 +32,6 @@ class LogFeed(Protocol):
         ...
 
 
-@runtime_checkable
-class Debugger(LogFeed, Protocol):
-    """A feed that is the kernel's debugger."""
-
-    def end_of_boot(self) -> None:
-        """From here on a breakpoint is a mistake."""
-        ...
-
-    def break_in(self, timeout: float) -> None:
-        """Have the log tell where each processor is; the kernel goes on. ``TimeoutError``, ``LinkError``."""
-        ...
-
-    def go_on(self) -> None:
-        """Let a kernel that stands behind a bug check write its dump and reboot."""
-        ...
-
-
 class WatchedLog:
     """The kernel log as a feed writes it; its thread tells ``on_bug_check`` what ended the guest."""
 

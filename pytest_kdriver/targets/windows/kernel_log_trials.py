@@ -19,7 +19,7 @@ from pytest_kdriver.kernel.events import (
 )
 from pytest_kdriver.kernel.log import Window
 from pytest_kdriver.kernel.pool_tags import SYSTEM_POOL_TAG_INFORMATION, decode
-from pytest_kdriver.targets.machine import Debugger
+from pytest_kdriver.targets.kd_pump import KdPump
 from pytest_kdriver.targets.windows.trials import (
     LOADS,
     SERVICE,
@@ -48,7 +48,7 @@ _CRASH_TIMEOUT: Final = 10.0
 def the_kernel_answers(bench: Workbench) -> Outcome:
     """That it was met on its port, and serves it."""
     feed = bench.target.guest.feed
-    if not isinstance(feed, Debugger):
+    if not isinstance(feed, KdPump):
         return untried(_NO_DEBUGGER)
     return holds(feed.failure is None, feed.failure or "it was met, and goes on")
 
@@ -95,7 +95,7 @@ def a_breakpoint_is_told(bench: Workbench) -> Outcome:
 def processors_are_told(bench: Workbench) -> Outcome:
     """That a break-in tells where each is, and the kernel goes on."""
     feed = bench.target.guest.feed
-    if not isinstance(feed, Debugger):
+    if not isinstance(feed, KdPump):
         return untried(_NO_DEBUGGER)
     window = bench.target.log.window(None)
     feed.break_in(TIMEOUT)
@@ -134,6 +134,6 @@ def pool_counters_are_told(bench: Workbench) -> Outcome:
 
 
 def _window(bench: Workbench) -> Window | Outcome:
-    if not isinstance(bench.target.guest.feed, Debugger):
+    if not isinstance(bench.target.guest.feed, KdPump):
         return untried(_NO_DEBUGGER)
     return bench.target.log.window(None)
