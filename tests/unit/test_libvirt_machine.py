@@ -469,6 +469,18 @@ class BootingVm:
         self.domain = self
         self.stopped: str | None = None
         self.bug_check: str | None = None
+        self.pump = self
+        self.failure: str | None = None
+
+
+def test_a_guest_that_never_answers_is_told_with_what_its_debugger_lost(tmp_path: Path) -> None:
+    settings = {"disk": tmp_path / "disk", "agent": "ssh", "boot_timeout": 0.2}
+    machine = SlowMachine(TargetConfig(name="mine", kind="libvirt", vm=settings))
+    vm: Any = BootingVm()
+    vm.failure = "the guest's kernel does not answer its debugger any more"
+    vm.domain, vm.stopped = BootingVm(), threading.Event()
+    with pytest.raises(TargetError, match="within 0.2 s .*; its kernel log broke: the guest's k"):
+        machine._reach_agent(vm, time.monotonic() + 0.2)
 
 
 def test_a_handshake_of_ssh_s_may_take_longer_than_an_attempt(

@@ -353,9 +353,11 @@ class LibvirtMachine:
                 if (stopped := vm.bug_check or vm.domain.stopped) is not None:
                     raise TargetError(f"the guest stopped while it booted: {stopped}") from error
                 if time.monotonic() >= deadline:
+                    failure = vm.pump.failure if vm.pump is not None else None
                     raise TargetError(
                         f"the agent did not answer within {self._config.boot_timeout:g} s ({error}); "
-                        "a guest that needs longer gets it by boot_timeout in its config"
+                        + (f"its kernel log broke: {failure}; " if failure is not None else "")
+                        + "a guest that needs longer gets it by boot_timeout in its config"
                     ) from error
                 if self._config.tcp_port is not None and time.monotonic() - began >= attempt:
                     limit *= 2
