@@ -322,15 +322,21 @@ class Agent:
     ) -> None:
         window: deque[_Answer[messages.Done]] = deque()
         offset = 0
-        while chunk := stream.read(PUT_CHUNK):
-            hash_chunk(chunk)
-            if len(window) == PUT_WINDOW:
+        try:
+            while chunk := stream.read(PUT_CHUNK):
+                hash_chunk(chunk)
+                if len(window) == PUT_WINDOW:
+                    window.popleft().wait(_left(deadline))
+                request = messages.PutData(upload=upload, offset=offset, data=chunk)
+                window.append(self._submit(request, _same, _left(deadline)))
+                offset += len(chunk)
+            while window:
                 window.popleft().wait(_left(deadline))
-            request = messages.PutData(upload=upload, offset=offset, data=chunk)
-            window.append(self._submit(request, _same, _left(deadline)))
-            offset += len(chunk)
-        for answer in window:
-            answer.wait(_left(deadline))
+        except AgentError:
+            for answer in window:  # the file is not gone before nobody writes to it
+                with suppress(KdriverError, TimeoutError):
+                    answer.wait(_left(deadline))
+            raise
 
     def get(self, path: str, *, timeout: float = DEFAULT_TIMEOUT) -> bytes:
         """A file's content."""

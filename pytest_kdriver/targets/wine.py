@@ -88,10 +88,9 @@ class WineMachine:
             try:
                 agent = Agent.connect(link, timeout=START_TIMEOUT)
             except BaseException as error:
-                ended = link.ended
                 prefix.end(path)
                 link.close()
-                if ended and isinstance(error, LinkError):
+                if isinstance(error, LinkError):
                     raise _Stillborn(f"{error} (it ended with {link.returncode})") from error
                 raise
         except BaseException:

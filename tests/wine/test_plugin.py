@@ -346,7 +346,8 @@ def arguments(request):
 
 def test_from_its_module(kdriver, request):
     assert arguments(request) == dict(
-        name="hello", path=None, parameters={}, service=None, leaks="forbid", tags=("rust",),
+        name="hello", path=None, parameters={}, service=None, leaks="forbid",
+        breakpoints="forbid", tags=("rust",),
         requires=(), timeout=20.0)
     assert kdriver.name == kdriver.service == "hello"
 
@@ -355,7 +356,7 @@ class TestClass:
     def test_closer_wins_and_the_rest_stays(self, kdriver, request):
         assert arguments(request) == dict(
             name="hello", path=None, parameters={"A": 1}, service=None, leaks="allow",
-            tags=("rust",), requires=(), timeout=10.0)
+            breakpoints="forbid", tags=("rust",), requires=(), timeout=10.0)
 
     @pytest.mark.kdriver("refuses", parameters={"Status": 0xC00000A1}, service="other")
     def test_closest(self, kdriver, request):
