@@ -27,8 +27,12 @@ _FATAL = re.compile(
     r"\s{0,8}0x([0-9a-f]{1,16})\s{0,8},\s{0,8}0x([0-9a-f]{1,16})\s{0,8}\)",
     re.IGNORECASE,
 )
-_BLAMED = re.compile(r"Driver at fault: ([^\x00-\x1f\x7f-\x9f]{1,256}?)\.?[ \t\r]{0,8}(?:\n|\Z)")
-"""Both as ReactOS prints them, ntoskrnl/ke/bug.c; a Windows has CR LF as its line's end."""
+_BLAMED = re.compile(
+    r"Driver at fault:\s{0,8}(?:\*{3}\s{1,8})?([^\x00-\x1f\x7f-\x9f]{1,256}?)"
+    r"(?: - Address |\.?[ \t\r]{0,8}(?:\n|\Z))"
+)
+"""Both as ReactOS prints them, ntoskrnl/ke/bug.c; a Windows has CR LF as its line's end, and the name in a line of
+its own, as its blue screen had it: ``***  name.sys - Address ... base at ...``."""
 
 
 class FatalError(NamedTuple):

@@ -21,8 +21,15 @@ def test_the_kernels_text_is_a_bug_check() -> None:
     assert parse_fatal(WINDOWS) == (0xD1, PARAMETERS, None)
 
 
-def test_the_driver_that_the_kernel_blames_is_told() -> None:
-    told = parse_fatal(f"{WINDOWS}Driver at fault: myfault.sys.\r\n")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "myfault.sys.\r\n",
+        "\r\n***  myfault.sys - Address FFFFF8001D3A1234 base at FFFFF8001D3A0000, DateStamp 5e3d\r\n",
+    ],
+)
+def test_the_driver_that_the_kernel_blames_is_told(words: str) -> None:
+    told = parse_fatal(f"{WINDOWS}Driver at fault: {words}")
     assert told == (0xD1, PARAMETERS, "myfault.sys")
 
 
