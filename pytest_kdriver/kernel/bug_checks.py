@@ -31,8 +31,8 @@ _BLAMED = re.compile(
     r"Driver at fault:\s{0,8}(?:\*{3}\s{1,8})?([^\x00-\x1f\x7f-\x9f]{1,256}?)"
     r"(?: - Address |\.?[ \t\r]{0,8}(?:\n|\Z))"
 )
-"""Both as ReactOS prints them, ntoskrnl/ke/bug.c; a Windows has CR LF as its line's end, and the name in a line of
-its own, as its blue screen had it: ``***  name.sys - Address ... base at ...``."""
+"""Both as ReactOS prints them, ntoskrnl/ke/bug.c; a Windows has CR LF as its line's end, and the name in a
+line of its own, as its blue screen had it: ``***  name.sys - Address ... base at ...``."""
 
 
 class FatalError(NamedTuple):
