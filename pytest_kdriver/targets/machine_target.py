@@ -463,8 +463,11 @@ class MachineTarget:
         return self._minidump
 
     def _ask_dump(self) -> None:
-        """Have the log tell of a crash that nobody but the guest's dump tells of."""
-        if any(event.driver is None for event in self._seen.of(BugCheck)):
+        """Have the log tell of a crash that nobody but the guest's dump tells of.
+
+        A guest in which nothing was done yet is made anew sooner than it could tell.
+        """
+        if not self._touched or any(event.driver is None for event in self._seen.of(BugCheck)):
             return
         with suppress(KdriverError, OSError, TimeoutError):
             content = self._fetch_minidump()

@@ -10,6 +10,7 @@ from pytest_kdriver.errors import DriverCrashed
 from pytest_kdriver.guest.messages import Completed
 from pytest_kdriver.handle import TargetHandle
 from pytest_kdriver.image.finder import ImageFinder
+from pytest_kdriver.kernel.events import BugCheck
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.targets.machine import Guest
 from pytest_kdriver.targets.machine_target import MachineTarget
@@ -91,5 +92,35 @@ def test_a_dump_that_is_not_there_when_the_agent_answers_is_waited_for(
         assert (tmp_path / "test.dmp").exists() == comes
         assert [text.partition(":")[0] for text in missing] == ([] if comes else [".dmp"])
         assert looks > 3
+    finally:
+        target.close()
+
+
+class LateMachine(NtMachine):
+    """Its debugger hears of the crash when the guest was put back already."""
+
+    def revert(self, guest: Guest, log: KernelLog) -> Guest | None:
+        reverted = super().revert(guest, log)
+        self._note_bug_check(BugCheck(0.0, None, 0xD1, (1, 2, 3, 4)))
+        while reverted is not None and not reverted.agent.closed:
+            pass
+        return reverted
+
+    def let_dump(self, guest: Guest) -> Guest | None:
+        pytest.fail("nobody waits for a dump while a guest is put back")
+
+
+def test_is_none_of_a_guest_that_crashed_while_it_was_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
+    machine = LateMachine("nt")
+    target = MachineTarget("nt", machine)
+    try:
+        target.start()
+        target.agent.set_clock(0)
+        target.revert()
+        assert (machine.boots, machine.reverts) == (2, 1)
+        assert not target.agent.closed
     finally:
         target.close()
