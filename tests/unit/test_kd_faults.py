@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_kdriver.kernel.events import (
@@ -163,6 +163,15 @@ TO_HOST = plans(700)
 TO_TARGET = plans(16)
 """No whole request comes twice: the second is taken for the acknowledgement of what the kernel says next, and
 nobody could get that back if it was lost, too (ReactOS' kddll.c)."""
+
+
+THREE_DEAD_TIMES: Final = {
+    8: Fault(Kind.CUT, 634, seconds=4.33),
+    14: Fault(Kind.DROP, 289, 222),
+    23: Fault(Kind.CUT, 337, seconds=3.48),
+    32: Fault(Kind.CUT, 337, seconds=3.48),
+}
+"""In one stop: a debugger that then lets the kernel go on without its context has it crash."""
 
 
 class Sequenced:
@@ -407,6 +416,7 @@ def test_breakpoints_of_the_boot_are_stepped_over_quietly() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(to_host=TO_HOST, to_target=TO_TARGET)
+@example(to_host=THREE_DEAD_TIMES, to_target={})
 def test_a_break_in_tells_where_each_processor_is_whatever_the_line_does(
     to_host: Plan, to_target: Plan
 ) -> None:

@@ -96,6 +96,7 @@ class Line:
         self._behind_reset: DataPacket | None = None
         """What came since a RESET was sent: the target reads that before the acknowledgement."""
         self._repeated: DataPacket | None = None
+        """What came before the answer to a RESET, which the target sent before that: it may be said again."""
         self._has_reset = False
 
     @property
@@ -194,7 +195,7 @@ class Line:
         if packet.type == PacketType.RESET:
             if self.resets_under_way:
                 self.resets_under_way -= 1
-                self._repeated, self._behind_reset = self._behind_reset, None
+                self._repeated, self._behind_reset = self._last, None
                 if self.times_sent and self._is_behind_resets:
                     self._expected_id, self._last = INITIAL_ID, None
                     return Signal.EARLIER_RESET
@@ -239,6 +240,7 @@ class Line:
             self._expected_id = base
         if is_duplicate:
             self._statistics.duplicates += 1
+            self._last = packet
             if base == self._expected_id:
                 self._expected_id = base ^ 1
             yield Signal.HEARD

@@ -42,7 +42,7 @@ MOST_SENDS: Final = 4
 """Times that one packet of ours is sent, where the kernel asks for it; behind that the same."""
 REPLY_AFTER: Final = 3.0
 """Seconds in which a request that was acknowledged is answered."""
-MOST_UNANSWERED: Final = 2
+MOST_UNANSWERED: Final = 5
 """Requests of one stop; behind that the kernel goes on without more of them."""
 ATTEMPT: Final = 2.0
 """Seconds for which a break-in or a RESET is waited for: a kernel that is stopped looks for one at a time."""
@@ -291,6 +291,7 @@ class KdSession:
             if change is not None:
                 self._take_wait(_Wait(packet, change))
         elif kind == PacketType.MANIPULATE:
+            self._repetition_is_due = False  # it was lost
             reply = read_reply(payload)
             if reply is not None:
                 self._take_reply(reply)
