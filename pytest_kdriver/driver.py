@@ -217,6 +217,11 @@ class Driver:
         return self._pool
 
     @property
+    def log_lag(self) -> str:
+        """See ``Target.describe_feed``."""
+        return self._target.describe_feed()
+
+    @property
     def sees_blocks(self) -> bool:
         """Whether the target sees each block of pool, and not only what is left of them."""
         return "pool-blocks" in self._target.capabilities

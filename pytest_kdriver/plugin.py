@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -291,12 +291,26 @@ def _session(config: pytest.Config) -> Session:
         with _usage_errors():
             settings = load_config(find_root(config.rootpath))
             artifacts = config.option.kdriver_artifacts
+            _show_what_is_told(config)
             config.stash[_SESSION] = Session(
                 settings,
                 artifacts=Path(artifacts).absolute() if artifacts else None,
                 dumps=config.option.kdriver_dumps,
             )
     return config.stash[_SESSION]
+
+
+def _show_what_is_told(config: pytest.Config) -> None:
+    """Have what targets tell shown at once, also while a test's output is captured."""
+    from pytest_kdriver.telling import show_by
+
+    capture = config.pluginmanager.getplugin("capturemanager")
+
+    def show(line: str) -> None:
+        with capture.global_and_fixture_disabled() if capture is not None else nullcontext():
+            print(line, file=sys.stderr, flush=True)
+
+    show_by(show)
 
 
 def _chosen(config: pytest.Config) -> Sequence[str]:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_kdriver import telling
+
 _RESULT = re.compile(
     r"(?:\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED|XFAIL|RERUN) )?"
     r"\S+?\.py::(\S+)(?: (PASSED|FAILED|ERROR|SKIPPED|XFAIL|RERUN)\b.*)?"
@@ -26,6 +28,12 @@ def new_project(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
     monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # many processes, the same modules
     pytester: pytest.Pytester = request.getfixturevalue("pytester")
     return pytester
+
+
+@pytest.fixture(autouse=True)
+def _told_where_tests_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the standard error get what is told, and not the terminal of the pytest that runs these tests."""
+    monkeypatch.setattr(telling, "_show", telling._print)
 
 
 @pytest.fixture

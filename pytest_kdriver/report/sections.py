@@ -61,4 +61,6 @@ def _kernel(driver: Driver) -> str:
         lines = kernel_lines(driver.window, MOST_LINES)
     except KdriverError as error:
         return str(error)
+    if lag := driver.log_lag:
+        lines.append(f"(the guest's kernel: {lag})")
     return "\n".join(lines) or "nothing was seen"

@@ -153,6 +153,14 @@ class SerialPump:
         """How long the guest waited for us so far."""
         return Lag(self._longest, self._waited / max(self._answers, 1), self._answers)
 
+    def describe(self) -> str:
+        """See ``LogFeed``."""
+        lag = self.lag
+        if not lag.answers:
+            return ""
+        mean, longest = lag.mean * 1e6, lag.longest * 1e3
+        return f"it waited {mean:.0f} us for its debugger on average, {longest:.0f} ms at most"
+
     def attach(self) -> None:
         """Begin to meet the guest, and wait for no answer. Raises ``LinkError``."""
         self._ask(self._attach)

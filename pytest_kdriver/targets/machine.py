@@ -31,6 +31,10 @@ class LogFeed(Protocol):
         """Read what has arrived, then stop."""
         ...
 
+    def describe(self) -> str:
+        """How long the guest waited for it, in half a sentence; "" where guests don't wait."""
+        ...
+
 
 class WatchedLog:
     """The kernel log as a feed writes it; its thread tells ``on_bug_check`` what ended the guest."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import sys
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -43,6 +42,7 @@ from pytest_kdriver.targets.windows.dumps import fetch_minidump
 from pytest_kdriver.targets.windows.exact_status import assert_exact_status
 from pytest_kdriver.targets.windows.in_force import Fact, NotInForce, assert_in_force
 from pytest_kdriver.targets.wine_loader import WineLoader
+from pytest_kdriver.telling import tell
 from pytest_kdriver.win32error import Win32Error
 
 START_TIMEOUT: Final = 60.0
@@ -124,6 +124,11 @@ class MachineTarget:
         return f"{told}; not in force there: " + ", ".join(
             f"{fact.name} ({fact.found})" for fact in self._lacking
         )
+
+    def describe_feed(self) -> str:
+        """See ``Target``."""
+        feed = self._guest.feed if self._guest is not None else None
+        return feed.describe() if feed is not None else ""
 
     @property
     def _lacking(self) -> list[Fact]:
@@ -217,11 +222,12 @@ class MachineTarget:
         self._touched = False
 
     def _tell_lacking(self) -> None:
-        """Tell each thing once: pytest, which shows nothing of it, has named the target long before."""
+        """Tell each thing once: pytest has named the target long before."""
         for fact in self._lacking:
             if fact.name not in self._told:
-                told = f"target {self.name}: not in force there: {fact.name}, {fact.found}. {fact.mends}"
-                print(f"kdriver: {told}", file=sys.__stderr__, flush=True)
+                tell(
+                    f"target {self.name}: not in force there: {fact.name}, {fact.found}. {fact.mends}"
+                )
                 self._told.add(fact.name)
 
     @property

@@ -74,6 +74,10 @@ class PortPump:
         """Whether the port is still there: a session can be begun."""
         return self._thread.is_alive()
 
+    def describe(self) -> str:
+        """See ``LogFeed``."""
+        return ""
+
     def close(self) -> None:
         """Stop; the thread is gone afterwards."""
         self._closing = True

@@ -53,6 +53,10 @@ class MessagePump:
         self._thread = threading.Thread(target=self._run, name=f"kdriver-pump-{name}", daemon=True)
         self._thread.start()
 
+    def describe(self) -> str:
+        """See ``LogFeed``."""
+        return ""
+
     def close(self) -> None:
         """Read what has arrived, then stop; the thread is gone afterwards."""
         self._wake.close()

@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,6 +29,7 @@ from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.remote_config import AGENT_PLACE, RemoteConfig, Via
 from pytest_kdriver.targets.machine import FOLDER, Guest, Installed
 from pytest_kdriver.targets.runs import Run
+from pytest_kdriver.telling import tell
 from pytest_kdriver.win32error import Win32Error
 
 CAPABILITIES: Final = frozenset({"programs", "pool"})
@@ -330,7 +330,7 @@ class RemoteMachine:
 
     def tell(self, text: str) -> None:
         """See ``LastingMachine``."""
-        print(f"kdriver: target {self._target}: {text}", file=sys.__stderr__, flush=True)
+        tell(f"target {self._target}: {text}")
 
     def end(self) -> None:
         """See ``Machine``. The agent ends; the machine stays."""

@@ -95,6 +95,10 @@ class Target(Protocol):
         """
         ...
 
+    def describe_feed(self) -> str:
+        """How long the guest waited for who feeds the log, in half a sentence; "" where guests don't wait."""
+        ...
+
     def fence(self) -> None:
         """Return once the log has all that the kernel said before. Raises ``TargetError``."""
         ...

@@ -365,6 +365,11 @@ class TestTraps:
             Breakpoint(100.0, None, INT3, KERNEL + 0x100)
         ]
 
+    def test_one_of_a_program_s_is_its_own(self, kernel: Kernel) -> None:
+        kernel.at(0x7FF6_1234_1000)
+        assert kernel.stop(raised(INT3, 0x7FF6_1234_1000)) == []
+        assert kernel.status == NOT_HANDLED
+
     def test_while_it_boots_nothing_is_told(self, session: KdSession) -> None:
         kernel = Kernel(session)
         kernel.at(KERNEL + 0x100)

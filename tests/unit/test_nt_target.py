@@ -193,6 +193,7 @@ def test_a_bug_check_is_a_crash_of_the_call_that_brought_it_in_the_words_that_wi
     assert f"DriverCrashed: panics on nt: {panicked}" in told
     assert re.search(r"\d\.\d{3}  \S+: panicked at panics/src/lib.rs:\d+", told)
     assert ">       kdriver.start()" in told
+    assert re.search(r"the guest's kernel: it waited \d+ us for its debugger on average", told)
     assert "pytest_kdriver/driver.py" not in told
     assert re.search(r"-+ DbgPrint -+\nabout to panic\n", told)
     assert "bug check 0x52555354" in failure(result, "test_at_the_end_of_the_body[nt]")

@@ -49,6 +49,7 @@ RECIPE = """[windows]
 release = "w11"
 index = 1
 [target]
+kernel_log = "kd"
 firmware = "uefi"
 tpm = true
 memory = 2560

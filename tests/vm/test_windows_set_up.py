@@ -47,6 +47,7 @@ RECIPE = """[windows]
 release = "w10"
 index = 1
 [target]
+kernel_log = "kd"
 memory = 1024
 """
 

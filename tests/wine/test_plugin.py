@@ -881,6 +881,23 @@ class TestReport:
         log = kept.with_name(f"{kept.stem}.kernel.log").read_text()
         assert log.rstrip() in text
 
+    def test_what_a_target_tells_is_shown_while_it_is_told(
+        self, project: pytest.Pytester, run: Run
+    ) -> None:
+        project.makepyfile(
+            """
+            from pytest_kdriver.telling import tell
+
+            def test_passes(kdriver_target):
+                print("its own")
+                tell("half an hour to go")
+            """
+        )
+        result = run("--kdriver-vm", "wine")
+        result.assert_outcomes(passed=1)
+        assert "kdriver: half an hour to go" in result.stderr.str()
+        assert "its own" not in result.stdout.str() + result.stderr.str()
+
     def test_dumps_have_to_be_put_somewhere(self, project: pytest.Pytester, run: Run) -> None:
         result = run("--kdriver-vm", "wine", "--kdriver-dumps")
         assert result.ret == pytest.ExitCode.USAGE_ERROR

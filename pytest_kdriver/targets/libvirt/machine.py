@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -59,6 +58,7 @@ from pytest_kdriver.targets.port_pump import PortPump
 from pytest_kdriver.targets.prefix import MORE_ROOM
 from pytest_kdriver.targets.recipe import find_recipe
 from pytest_kdriver.targets.runs import Run, remove_tree
+from pytest_kdriver.telling import tell
 from pytest_kdriver.vm_config import vm_config
 
 _ALWAYS: Final = frozenset({"snapshots", "programs"})
@@ -143,12 +143,12 @@ class LibvirtMachine:
             told += f", which is slow: {accelerator.reason}"
         if self._dropped:
             told += f"; without {', '.join(name for name, _ in self._dropped)}"
-        if self._vm is not None and isinstance(self._vm.pump, KdPump):
-            lag = self._vm.pump.lag
-            told += (
-                f"; its kernel waits {lag.mean * 1e6:.0f} us for its debugger, "
-                f"{lag.longest * 1e3:.0f} ms at most"
-            )
+        if (
+            self._vm is not None
+            and self._vm.pump is not None
+            and (waited := self._vm.pump.describe())
+        ):
+            told += f"; {waited}"
         way = self._vm.method if self._vm is not None else None
         return f"{told}; put back by {_WAYS[way or 'qmp']}"
 
@@ -194,7 +194,7 @@ class LibvirtMachine:
         except BaseException as error:
             if vm.is_warm and isinstance(error, TargetError | LinkError | TimeoutError):
                 self.end()
-                _say(
+                tell(
                     f"target {self._target} boots, as it could not go on from its last boot: {error}"
                 )
                 return None
@@ -204,7 +204,7 @@ class LibvirtMachine:
             finally:
                 self.end()
             if kvm_failed:
-                _say(f"target {self._target}: KVM can't run it, so TCG does, which is slow: {why}")
+                tell(f"target {self._target}: KVM can't run it, so TCG does, which is slow: {why}")
                 return None
             if told:
                 raise TargetError(f"{error}{told}", target=self._target) from error
@@ -298,7 +298,7 @@ class LibvirtMachine:
     def _tell_dropped(self, dropped: tuple[tuple[str, str], ...]) -> None:
         if dropped and not self._dropped:
             names = ", ".join(f"{name} ({reason})" for name, reason in dropped)
-            _say(f"target {self._target} goes without Hyper-V's {names}")
+            tell(f"target {self._target} goes without Hyper-V's {names}")
         self._dropped = dropped
 
     def _bring_up(self, vm: _Vm, log: KernelLog) -> Guest:
@@ -312,7 +312,7 @@ class LibvirtMachine:
             vm.domain.start_held(lambda: self._open_feed(vm, log))
         if self._dumps:
             vm.domain.let_panic()
-        agent = vm.agent = self._reach_agent(vm, deadline)
+        agent = vm.take(self._reach_agent(vm, deadline))
         self._begin_feed(vm, min(max(deadline - time.monotonic(), ATTEMPT), ATTACH_TIMEOUT))
         set_clock(agent)
         return Guest(agent, vm.pump)
@@ -402,9 +402,9 @@ class LibvirtMachine:
         if vm.warm_start is not None and vm.method == "qmp":
             with vm.domain.held(), suppress(OSError):  # it is a gain of time, and no more
                 vm.warm_start.keep(vm.folder / "disk.qcow2", vm.folder.parent)
-        vm.agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
-        set_clock(vm.agent)  # it stood still
-        return Guest(vm.agent, guest.feed)
+        agent = vm.take(self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT))
+        set_clock(agent)  # it stood still
+        return Guest(agent, guest.feed)
 
     def revert(self, guest: Guest, log: KernelLog) -> Guest | None:
         """See ``Machine``."""
@@ -429,7 +429,7 @@ class LibvirtMachine:
             agent = self._reach_agent(vm, time.monotonic() + RESUME_TIMEOUT)
         else:
             agent.resume(timeout=RESUME_TIMEOUT)
-        vm.agent = agent
+        vm.take(agent)
         set_clock(agent)
         self._begin_feed(vm, RESUME_TIMEOUT)
         return Guest(agent, vm.pump)
@@ -545,8 +545,8 @@ class LibvirtMachine:
         if isinstance(vm.pump, KdPump):
             vm.pump.go_on()
         self._forget_crash(vm)
-        vm.agent = self._reach_agent(vm, time.monotonic() + self._config.boot_timeout)
-        return Guest(vm.agent, vm.pump)
+        agent = vm.take(self._reach_agent(vm, time.monotonic() + self._config.boot_timeout))
+        return Guest(agent, vm.pump)
 
     @staticmethod
     def _forget_crash(vm: _Vm) -> None:
@@ -629,6 +629,13 @@ class _Vm:
             return False
         return True
 
+    def take(self, agent: Agent) -> Agent:
+        """Have its agent; one of a kernel that crashed meanwhile is given up at once."""
+        self.agent = agent
+        if self.bug_check is not None:
+            self._give_up_agent()
+        return agent
+
     def note_bug_check(self, event: BugCheck) -> None:
         """The kernel stopped; it waits for its debugger, and the agent will never answer."""
         self.bug_check = describe(event)
@@ -689,13 +696,8 @@ class _Vm:
 
 
 def _tell(phase: Phase) -> None:
-    """Say what the making of a disk image has come to: it takes minutes, and pytest shows nothing else."""
-    _say(f"{phase.elapsed:4.0f} s: {phase.name}")
-
-
-def _say(text: str) -> None:
-    """Tell the user what pytest, which shows nothing of it, would keep to itself."""
-    print(f"kdriver: {text}", file=sys.__stderr__, flush=True)
+    """Say what the making of a disk image has come to: it takes minutes."""
+    tell(f"{phase.elapsed:4.0f} s: {phase.name}")
 
 
 def need_room(folder: Path, size: int) -> None:

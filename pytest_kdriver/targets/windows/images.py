@@ -170,7 +170,7 @@ def _install(
 def set_up(installation: Installation, wanted: Wanted, secrets: Secrets) -> None:
     """Set a Windows up that is installed, see that all is in force behind a restart, and remove secrets.
 
-    At the next start its kernel waits for a debugger.
+    At the next start its kernel waits for a debugger, where its machines have one.
     """
     installation.phase("setting it up")
     with _told_of() as note:
@@ -183,6 +183,8 @@ def set_up(installation: Installation, wanted: Wanted, secrets: Secrets) -> None
         raise TargetError(f"not in force behind a restart: {told}")
     installation.phase("removing what Setup kept of the password")
     scrub_guest(agent, secrets, installation.phase)
+    if not installation.is_debugged:
+        return
     installation.phase("switching its kernel's debugger on")
     with _told_of() as note:
         note("kernel debugger")

@@ -238,6 +238,11 @@ class Installation:
             return False
         return self._ask(_state) == COMPLETE
 
+    @property
+    def is_debugged(self) -> bool:
+        """Whether the machines of the image will have a debugger, on the port that settings name."""
+        return self._machine.kernel_log == "kd" and self._machine.log_port == "com1"
+
     def restart(self) -> Agent:
         """Restart Windows; its agent. Raises ``TargetError``."""
         before = self._seen.restarts

@@ -72,6 +72,9 @@ _BUG_CHECK_SECOND: Final = 4
 _BUG_CHECK_DATA: Final = 0x88
 """KiBugCheckData's address in KDDEBUGGER_DATA64 (QEMU's win_dump_defs.h)."""
 
+_KERNEL_SPACE: Final = 1 << 63
+"""Set in each address of the kernel's, on x64 and ARM64; a breakpoint elsewhere is its program's own."""
+
 _ACCESS_VIOLATION: Final = 0xC0000005
 _ACCESSES: Final = {0: "read", 1: "write", 8: "execute"}
 
@@ -177,7 +180,7 @@ class Stops:
 
     def _exception(self, change: StateChange) -> Stop:
         record = read_exception(change)
-        if record.code in {BREAKPOINT, ASSERTION}:
+        if record.code in {BREAKPOINT, ASSERTION} and record.address & _KERNEL_SPACE:
             return (yield from self._breakpoint(change, record.code))
         if record.code == SINGLE_STEP:
             return DBG_CONTINUE
