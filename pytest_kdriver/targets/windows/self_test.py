@@ -486,6 +486,11 @@ _KERNEL_LOG: Final = tuple(
             "takes minutes: a test that crashes, with --kdriver-dumps, shows it",
         ),
         (
+            "a minidump, and a kernel dump, have the form that `kdriver dump` reads",
+            "",
+            "it takes a crash",
+        ),
+        (
             "the panic device is told of a bug check",
             "",
             "the debugger is told before it",
