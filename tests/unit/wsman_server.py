@@ -109,7 +109,11 @@ def _write_certificate(certificate: Path, key: Path) -> None:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(private, hashes.SHA256())
     )
-    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    unfinished = certificate.with_suffix(
+        ".new"
+    )  # a client that waits for the server may be reading it
+    unfinished.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    unfinished.rename(certificate)
     key.touch(mode=0o600)
     key.write_bytes(
         private.private_bytes(
