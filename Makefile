@@ -3,7 +3,7 @@
 # make check   format, lint, types, imports; Rust too
 # make soak    the long tests
 # make test-trixie  all tests but the long ones on Debian 13 (Wine 10), in a chroot: scripts/trixie
-# make fuzz    a million inputs for each parser of what a guest sends: bench/fuzz.json. Some hours
+# make fuzz    a million inputs for each parser of what a guest sends: bench/fuzz.json. Some 40 minutes
 # make bench   speed and scale, against the floor: a table, and bench/results.json
 # make format  put Python and Rust into shape
 # make wheel   dist/*.whl and dist/*.tar.gz

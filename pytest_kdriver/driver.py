@@ -37,7 +37,7 @@ from pytest_kdriver.guest.registry import encode_value
 from pytest_kdriver.image.pool_tags import default_tags, used_tags
 from pytest_kdriver.image.preflight import Report
 from pytest_kdriver.image.symbols import Symbols, load_symbols
-from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
+from pytest_kdriver.kernel.crash import Crash, find_crash, locate_crash
 from pytest_kdriver.kernel.dbgprint import DbgPrint
 from pytest_kdriver.kernel.events import DriverInitCalled, DriverUnload, ImageLoaded, ImageUnloaded
 from pytest_kdriver.kernel.log import Window

@@ -30,6 +30,16 @@ def new_project(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest)
     return pytester
 
 
+def failure(result: pytest.RunResult, name: str) -> str:
+    """What the report says of one test, up to the next one's."""
+    text = result.stdout.str()
+    begin = re.search(rf"^_+ (?:ERROR at \w+ of )?{re.escape(name)} _+$", text, re.MULTILINE)
+    assert begin is not None, f"no report of {name}"
+    rest = text[begin.end() :]
+    end = re.search(r"^(?:_+ [^\n]* _+|=+ [^\n]* =+)$", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
 @pytest.fixture(autouse=True)
 def _told_where_tests_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the standard error get what is told, and not the terminal of the pytest that runs these tests."""

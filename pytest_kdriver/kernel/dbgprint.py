@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 
 from pytest_kdriver.errors import NoSuchLine
-from pytest_kdriver.kernel.bugcheck import is_crash
+from pytest_kdriver.kernel.crash import is_crash
 from pytest_kdriver.kernel.events import DebugPrint, Event
 from pytest_kdriver.kernel.log import Window
 

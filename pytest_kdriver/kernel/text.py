@@ -6,7 +6,7 @@ import re
 from collections import deque
 from collections.abc import Iterator
 
-from pytest_kdriver.kernel.bugcheck import describe
+from pytest_kdriver.kernel.crash import describe
 from pytest_kdriver.kernel.events import (
     Breakpoint,
     BugCheck,

@@ -16,7 +16,7 @@ from typing import Final, TypeAlias, TypeVar
 
 from pytest_kdriver.errors import AgentError, LinkError, TargetError
 from pytest_kdriver.image.pe import ImageLayout
-from pytest_kdriver.kernel.bugcheck import find_crash, is_crash
+from pytest_kdriver.kernel.crash import find_crash, is_crash
 from pytest_kdriver.kernel.events import (
     DriverInit,
     DriverInitCalled,

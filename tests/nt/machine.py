@@ -13,7 +13,7 @@ from pytest_kdriver.errors import LinkError, TargetError
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.links.serial import SerialLink
 from pytest_kdriver.image.preflight import Report, preflight
-from pytest_kdriver.kernel.bugcheck import describe
+from pytest_kdriver.kernel.crash import describe
 from pytest_kdriver.kernel.events import BugCheck
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.targets.kd_pump import KdPump

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_kdriver.kernel.bugcheck import Crash, find_crash, locate_crash
+from pytest_kdriver.kernel.crash import Crash, find_crash, locate_crash
 from pytest_kdriver.kernel.events import (
     Breakpoint,
     BugCheck,

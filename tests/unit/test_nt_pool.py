@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Run, Verdicts, new_project
-from tests.nt.drivers import write_images
-from tests.unit.test_nt_target import failure
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import Run, Verdicts, failure
+from tests.nt.project import nt_project
 
 DEAF = """
 from tests.nt.guest import NtGuest
@@ -23,14 +20,7 @@ NtGuest._pool_tags = lambda self: b""  # a kernel whose answer makes no sense
 def project(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
 ) -> pytest.Pytester:
-    """A project whose target is a simulated NT, with an image of each of its drivers."""
-    monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    pytester = new_project(monkeypatch, request)
-    write_images(pytester.path)
-    pytester.makefile(".toml", kdriver='vm = "nt"\n[targets.nt]\nkind = "wine"\n')
-    pytester.makeini('[pytest]\naddopts = "-ptests.nt.plugin"\n')
-    return pytester
+    return nt_project(monkeypatch, request, tmp_path)
 
 
 def test_a_leaking_driver_fails_with_the_table_and_a_clean_one_passes(

@@ -14,11 +14,10 @@ from pytest_kdriver.driver import Driver
 from pytest_kdriver.errors import DriverCrashed, DriverTimeout
 from pytest_kdriver.kernel.dump import read_dump
 from pytest_kdriver.targets.machine_target import MachineTarget
-from tests.conftest import Run, Verdicts, new_project
+from tests.conftest import Run, Verdicts, failure
 from tests.nt.drivers import write_images
 from tests.nt.machine import NtMachine
-
-ROOT = Path(__file__).parents[2]
+from tests.nt.project import nt_project
 
 HELLO = """
 import pytest
@@ -35,26 +34,7 @@ def test_hello(kdriver):
 def project(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
 ) -> pytest.Pytester:
-    """A project whose target is a simulated NT, with an image of each of its drivers."""
-    monkeypatch.setenv("KDRIVER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    pytester = new_project(monkeypatch, request)
-    write_images(pytester.path)
-    pytester.makefile(
-        ".toml", kdriver='vm = "nt"\n[targets.nt]\nkind = "wine"\n[targets.nt-2]\nkind = "wine"\n'
-    )
-    pytester.makeini('[pytest]\naddopts = "-ptests.nt.plugin"\n')
-    return pytester
-
-
-def failure(result: pytest.RunResult, name: str) -> str:
-    """What the report says of one test, up to the next one's."""
-    text = result.stdout.str()
-    begin = re.search(rf"^_+ (?:ERROR at \w+ of )?{re.escape(name)} _+$", text, re.MULTILINE)
-    assert begin is not None, f"no report of {name}"
-    rest = text[begin.end() :]
-    end = re.search(r"^(?:_+ [^\n]* _+|=+ [^\n]* =+)$", rest, re.MULTILINE)
-    return rest[: end.start()] if end else rest
+    return nt_project(monkeypatch, request, tmp_path)
 
 
 def went_through(result: pytest.RunResult) -> list[str]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pytest_kdriver.errors import DriverCrashed, DriverError, NoSuchLine
-from pytest_kdriver.kernel.bugcheck import describe, find_crash, locate_crash
 from pytest_kdriver.kernel.caller import FRAMEWORK, Frame
+from pytest_kdriver.kernel.crash import describe, find_crash, locate_crash
 from pytest_kdriver.kernel.dbgprint import DbgPrint
 from pytest_kdriver.kernel.events import (
     BugCheck,

@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_kdriver.image.cargo import Cargo
-
-Run = Callable[..., pytest.RunResult]
-Verdicts = Callable[[pytest.RunResult], dict[str, str]]
+from tests.conftest import Run, Verdicts, failure
 
 HELLO = """
 import pytest
@@ -32,16 +30,6 @@ def test_hello(kdriver):
 def add_to_config(project: pytest.Pytester, text: str) -> None:
     path = project.path / "kdriver.toml"
     path.write_text(path.read_text() + text)
-
-
-def failure(result: pytest.RunResult, name: str) -> str:
-    """What the report says of one test, up to the next one's."""
-    text = result.stdout.str()
-    begin = re.search(rf"^_+ (?:ERROR at \w+ of )?{re.escape(name)} _+$", text, re.MULTILINE)
-    assert begin is not None, f"no report of {name}"
-    rest = text[begin.end() :]
-    end = re.search(r"^(?:_+ [^\n]* _+|=+ [^\n]* =+)$", rest, re.MULTILINE)
-    return rest[: end.start()] if end else rest
 
 
 class TestChoosing:

@@ -13,7 +13,7 @@ from pytest_kdriver.config import TargetConfig
 from pytest_kdriver.image.cargo import Cargo
 from pytest_kdriver.image.exports import Availability, KernelExports
 from pytest_kdriver.image.preflight import Report, preflight
-from pytest_kdriver.kernel.bugcheck import find_crash
+from pytest_kdriver.kernel.crash import find_crash
 from pytest_kdriver.kernel.events import DriverInitCalled, MissingExport
 from pytest_kdriver.ntstatus import NTSTATUS
 from pytest_kdriver.targets.wine import WineTarget

@@ -22,7 +22,7 @@ from pytest_kdriver.guest import messages
 from pytest_kdriver.guest.agent import Agent
 from pytest_kdriver.guest.links.serial import PORT_GONE
 from pytest_kdriver.image.preflight import Report, preflight
-from pytest_kdriver.kernel.bugcheck import describe
+from pytest_kdriver.kernel.crash import describe
 from pytest_kdriver.kernel.events import BugCheck, ProcessorState
 from pytest_kdriver.kernel.log import KernelLog
 from pytest_kdriver.kernel.sources.text import SerialText
